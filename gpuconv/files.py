@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import wav
-from .problem import DTYPES, dtype_name, numpy_dtype
+from .problem import DTYPES, INTEGERS, dtype_name, numpy_dtype
 from .text import install_hint
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -30,6 +30,7 @@ StrPath: TypeAlias = str | os.PathLike[str]
 
 SUFFIXES = (".npy", ".wav")
 STANDARD = "-"  # the name of standard input and of standard output
+_SUPPORTED = (*DTYPES, *INTEGERS)  # dtypes of `.npy` files
 _NPY_MAGIC = b"\x93NUMPY"
 _MAX_WAV_BYTES = 2**32 - 4096  # sizes in a WAV file are unsigned 32-bit numbers; the difference is for its header
 _MAX_AXES = 32  # the limit of the oldest supported NumPy
@@ -63,7 +64,7 @@ def read(
         path: the file; "-" for standard input, whose format is recognised by its first bytes. A WAV file gives an array
             (channels, samples), float32, with integer samples scaled to [-1, 1).
         dtype: one of `gpuconv.problem.DTYPES` to convert to; None keeps the file's own (float32 for WAV), which must
-            be one of them. bfloat16 is read from raw 2-byte values, as NumPy writes it.
+            be one of them, or of `INTEGERS` there. bfloat16 is read from raw 2-byte values, as NumPy writes it.
         suffixes: the formats to accept.
         allow_truncated: read what a WAV file has although it is shorter than its header says, or contradicts it.
 
@@ -240,8 +241,9 @@ def check_wav(path: StrPath, shape: tuple[int, ...], dtype: str, rate: int | Non
         raise FileError(f"{path}: a .wav file needs a sample rate, and the input file has none; give --rate")
     if not 1 <= rate < 2**31:
         raise FileError(f"{path}: the sample rate must be from 1 to 2147483647 Hz, got {rate}")
-    if dtype.startswith("complex"):
-        raise FileError(f"{path}: a .wav file holds real samples, the output is {dtype}; write a .npy file")
+    if dtype.startswith("complex") or dtype in INTEGERS:
+        what = "32-bit floats" if dtype in INTEGERS else "real samples"
+        raise FileError(f"{path}: a .wav file holds {what}, the output is {dtype}; write a .npy file")
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != 1):
         raise FileError(f"{path}: a .wav file holds (channels, samples), the output is {shape}; write a .npy file")
     channels, samples = shape[-2:]
@@ -293,7 +295,7 @@ def read_npy_header(path: StrPath, file: BinaryIO, size: int) -> tuple[tuple[int
     if dtype.hasobject:
         raise FileError(f"{path}: holds pickled Python objects, which are never loaded")
     if dtype.subdtype is not None:
-        raise FileError(f"{path}: has dtype {dtype}, expected one of {', '.join(DTYPES)}")
+        raise FileError(f"{path}: has dtype {dtype}, expected one of {', '.join(_SUPPORTED)}")
     if any(extent < 0 or isinstance(extent, bool) for extent in shape) or len(shape) > _MAX_AXES:
         raise FileError(f"{path}: is damaged: its header declares the shape {shape}")
     expected, found = math.prod(shape) * dtype.itemsize, size - file.tell()
@@ -360,9 +362,9 @@ def convert(path: StrPath, array: Array, dtype: str | None) -> Array:
             raise FileError(f"{path}: holds raw 2-byte values; if they are bfloat16, give --dtype bfloat16")
         return array.view(target)
     if dtype is None:
-        if dtype_name(array.dtype) is None:
+        if dtype_name(array.dtype) is None and array.dtype.name not in INTEGERS:
             convertible = "; give --dtype to convert" if array.dtype.kind in "iuf" else ""
-            raise FileError(f"{path}: has dtype {array.dtype}, expected one of {', '.join(DTYPES)}{convertible}")
+            raise FileError(f"{path}: has dtype {array.dtype}, expected one of {', '.join(_SUPPORTED)}{convertible}")
         return array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype.kind not in "iufc" and dtype_name(array.dtype) is None:
         raise FileError(f"{path}: has dtype {array.dtype}, which does not convert to {dtype}")

@@ -105,13 +105,17 @@ class NpyFile:
 def open_npy(path: StrPath, dtype: str | None) -> Iterator[NpyFile | None]:
     """A `.npy` file for reading by slices; None if it is in Fortran order, in which slices are not contiguous.
 
+    An array with one axis is one channel, with the shape (1, L).
+
     Raises:
         FileError: as `gpuconv.files.read` raises it.
     """
     try:
         with open(path, "rb", buffering=0) as file:
             shape, fortran_order, stored = read_npy_header(path, file, os.fstat(file.fileno()).st_size)
-            yield None if fortran_order else NpyFile(path, file, shape, stored, dtype)
+            yield (
+                None if fortran_order else NpyFile(path, file, (1, *shape) if len(shape) == 1 else shape, stored, dtype)
+            )
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
 

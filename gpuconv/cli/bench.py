@@ -17,7 +17,7 @@ from ..measure import Comparison, Timing, compare, settings_text
 from ..text import count, wrap
 from .errors import EXIT_MISMATCH, CommandError
 from .gpu import use_gpu
-from .options import add_device, add_shapes, at_least, given_settings, specs
+from .options import add_device, add_json, add_shapes, at_least, given_settings, specs
 from .terminal import print_json, show_progress, terminal_width
 
 
@@ -42,7 +42,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--repeats", type=at_least(1), default=9, metavar="N", help="turns of each library (default: %(default)s)"
     )
-    parser.add_argument("--json", action="store_true", help="print a JSON object instead of a table")
+    add_json(parser, "a table")
     parser.set_defaults(run=run)
 
 

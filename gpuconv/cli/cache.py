@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import re
 from typing import Any
 
 from .. import cubins
 from ..text import count, quantity, wrap_rows
 from .errors import EXIT_CODES, CommandError
+from .options import add_json, size
 from .terminal import print_json, terminal_width
 
 ACTIONS = ("show", "prune", "clear")
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
 
 def add_to(commands: Any) -> None:
@@ -33,8 +32,8 @@ def add_to(commands: Any) -> None:
         metavar="ACTION",
         help=f"{', '.join(ACTIONS)} (default: show)",
     )
-    parser.add_argument("--max-size", type=_size, metavar="SIZE", help="prune: how much to keep, such as 200MB or 1GB")
-    parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
+    parser.add_argument("--max-size", type=size, metavar="SIZE", help="prune: how much to keep, such as 200MB or 1GB")
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
@@ -89,10 +88,3 @@ def _page(facts: dict[str, Any], *, has_removed: bool) -> str:
 
 def _amount(number: int, num_bytes: int) -> str:
     return f"{count(number, 'kernel')}, {quantity(num_bytes, 'B')}"
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"must be a size such as 200MB or 1GB, got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2]])

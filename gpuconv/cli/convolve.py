@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from .. import chunked, dispatch, files, functional, npy, runtime
 from ..fusion import Fused
 from ..journal import JournalError
-from ..problem import DTYPES, ConvProblem, Op
+from ..problem import DTYPES, ConvProblem, Op, numpy_dtype
 from .errors import EXIT_CODES_WITH_GPU, CommandError
 from .gpu import use_gpu
-from .options import add_device, add_settings, at_least, given_settings
-from .terminal import show_progress, tell
+from .options import add_device, add_json, add_settings, at_least, given_settings, size
+from .terminal import print_json, show_progress, tell
 
 
 def add_to(commands: Any, op: Op) -> None:
@@ -27,16 +30,17 @@ def add_to(commands: Any, op: Op) -> None:
         help=f"apply a 1-D {name} to a .npy or .wav file",
         description=f"Apply a 1-D {name} to a file"
         + (".\n" if transposed else "; the kernel is not flipped.\n")
-        + "A .npy file holds (N, C_in, L_in) or (C_in, L_in), a .wav file (channels,\n"
-        "samples) as float32. The output is written completely or not at all. The name -\n"
-        "stands for standard input or output, which is a .wav file if the input is one or\n"
-        "--rate is given, else a .npy file. A large .npy file is computed in pieces, in\n"
-        "constant memory; if that is interrupted, run the same command again to continue.",
+        + "A .npy file holds (N, C_in, L_in), (C_in, L_in), or (L_in,) for one channel, a\n"
+        ".wav file (channels, samples) as float32. Taps (K,) filter each channel by itself.\n"
+        "The output is written completely or not at all. The name - stands for standard\n"
+        "input or output, which is a .wav file if the input is one or --rate is given, else\n"
+        "a .npy file. A large .npy file is computed in pieces, in constant memory; if that\n"
+        "is interrupted, run the same command again to continue.",
         epilog=f"{EXIT_CODES_WITH_GPU}\n\nexample:\n  gpuconv {op} speech.wav filter.npy out.wav"
         + (" --stride 2" if transposed else " --padding same"),
     )
     parser.add_argument("input", metavar="IN", help="input, .npy or .wav")
-    parser.add_argument("weight", metavar="WEIGHT", help=f"weight {shape}, .npy")
+    parser.add_argument("weight", metavar="WEIGHT", help=f"weight {shape}, or taps (K,), .npy")
     parser.add_argument("output", metavar="OUT", help="output, .npy or .wav (32-bit float, so nothing is clipped)")
     parser.add_argument("--bias", metavar="B", help="bias (C_out,), .npy")
     add_settings(parser, (op,))
@@ -55,19 +59,40 @@ def add_to(commands: Any, op: Op) -> None:
     )
     parser.add_argument(
         "--max-bytes",
-        type=at_least(1),
-        metavar="N",
-        help="compute a .npy file in pieces that take N bytes (default: 256 MiB for larger files)",
+        type=size,
+        metavar="SIZE",
+        help="compute a .npy file in pieces of this size, such as 200MB (default: 256MiB for larger files)",
     )
+    add_json(parser)
     parser.set_defaults(run=run, op=op)
 
 
 def run(args: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    if args.json and args.output == files.STANDARD:
+        raise CommandError("--json prints to standard output, so OUT, -, cannot be there, too")
     with ExitStack() as opened:
-        return _run(args, opened)
+        result = _convolve(args, opened)
+    if args.json:
+        facts = {"output": args.output, **result._asdict(), "elapsed_s": time.perf_counter() - start}
+        print_json({**facts, "device": {"name": result.device}})
+    elif args.output != files.STANDARD:
+        rate = "" if result.rate is None else f", {result.rate} Hz"
+        where = "the CPU" if result.device == "CPU" else result.device
+        print(f"{args.output}: {result.shape} {result.dtype}{rate}, computed on {where}")
+    return 0
 
 
-def _run(args: argparse.Namespace, opened: ExitStack) -> int:
+class _Result(NamedTuple):
+    """What was written, with the sample rate of a .wav file in Hz, and the device that computed it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    rate: int | None
+    device: str
+
+
+def _convolve(args: argparse.Namespace, opened: ExitStack) -> _Result:
     sources = {"input": args.input, "weight": args.weight, **({"bias": args.bias} if args.bias else {})}
     if list(sources.values()).count(files.STANDARD) > 1:
         raise CommandError("standard input, -, can be only one of IN, WEIGHT and --bias")
@@ -79,9 +104,13 @@ def _run(args: argparse.Namespace, opened: ExitStack) -> int:
     notes: tuple[str, ...] = ()
     if large is None:
         x, rate, notes = files.read(args.input, args.dtype, allow_truncated=args.allow_truncated)
+        x = x[np.newaxis] if x.ndim == 1 else x
     weight = files.read(args.weight, args.dtype, suffixes=(".npy",)).array
     bias = files.read(args.bias, args.dtype, suffixes=(".npy",)).array if args.bias else None
     settings = given_settings(args)
+    if weight.ndim == 1 and len(x.shape) in (2, 3) and "groups" not in settings:
+        settings["groups"] = C = x.shape[-2]
+        weight = np.broadcast_to(weight, (C, 1, len(weight)))
     algorithm = settings.pop("algorithm", None)
     fused = {name: settings.pop(name, None) for name in ("activation", "input_activation")}
     try:
@@ -90,13 +119,14 @@ def _run(args: argparse.Namespace, opened: ExitStack) -> int:
         dtypes = {array.dtype for array in (x, weight, bias) if array is not None}
         hint = "; give --dtype to convert" if isinstance(error, TypeError) and len(dtypes) > 1 else ""
         raise CommandError(f"{error}{hint}") from error
+    dtype = problem.dtype_of(problem.result)
     to_stdout = args.output == files.STANDARD
     name = "standard output" if to_stdout else args.output
     is_wav = args.output.lower().endswith(".wav") or (to_stdout and (rate or args.rate) is not None)
     if is_wav:
         rate, note = (args.rate, None) if args.rate else _rate_behind(problem, rate)
         notes += () if note is None else (f"{name}: {note}",)
-        files.check_wav(name, problem.output_shape, problem.dtype, rate)
+        files.check_wav(name, problem.output_shape, dtype, rate)
     elif args.rate:
         raise CommandError(f"{name}: --rate is for a .wav output; a .npy file holds no sample rate")
     else:
@@ -104,33 +134,36 @@ def _run(args: argparse.Namespace, opened: ExitStack) -> int:
     for note in notes:
         tell("warning", note)
 
+    settings |= {**fused, "algorithm": algorithm}
     if large is not None:
-        _convolve_pieces(args, problem, large, weight, bias, {**settings, **fused, "algorithm": algorithm}, on_gpu)
-        where = f"on {runtime.current_gpu().name}" if on_gpu else "on the CPU"
-        print(f"{name}: {problem.output_shape} {problem.dtype}, computed {where}")
-        return 0
+        _convolve_pieces(args, problem, large, weight, bias, settings, on_gpu)
+    else:
+        _convolve_whole(args, problem, [x, weight, bias], settings, on_gpu, rate)
+    device = runtime.current_gpu().name if on_gpu else "CPU"
+    return _Result(problem.output_shape, "float32" if is_wav else dtype, rate, device)
 
+
+def _convolve_whole(
+    args: argparse.Namespace,
+    problem: ConvProblem,
+    arrays: list[Any],
+    settings: dict[str, Any],
+    on_gpu: bool,
+    rate: int | None,
+) -> None:
     function: Callable[..., Any] = functional.conv1d if args.op == "conv1d" else functional.conv_transpose1d
-    arrays: list[Any] = [x, weight, bias]
     if on_gpu:
         cupy = runtime.cupy_module()
         try:
-            runtime.check_dtype(x.dtype)
+            runtime.check_dtype(arrays[0].dtype)
             arrays = [None if array is None else cupy.asarray(array) for array in arrays]
         except (TypeError, ValueError) as error:
             raise CommandError(f"CuPy {cupy.__version__} has no {problem.dtype} arrays: {error}") from error
     try:
-        output = function(*arrays, **settings, **fused, algorithm=algorithm)
+        output = function(*arrays, **settings)
     except (dispatch.AlgorithmError, ImportError) as error:  # cuFFT may be missing
         raise CommandError(str(error)) from error
-    where = "on the CPU"
-    if on_gpu:
-        output, where = cupy.asnumpy(output), f"on {runtime.current_gpu().name}"
-    files.write(args.output, output, rate, force=args.force)
-    form = f"{tuple(output.shape)} " + (f"float32, {rate} Hz" if is_wav else problem.dtype)
-    if not to_stdout:
-        print(f"{name}: {form}, computed {where}")
-    return 0
+    files.write(args.output, cupy.asnumpy(output) if on_gpu else output, rate, force=args.force)
 
 
 def _is_large(args: argparse.Namespace) -> bool:
@@ -154,7 +187,8 @@ def _convolve_pieces(
     on_gpu: bool,
 ) -> None:
     function: Callable[..., Any] = chunked.conv1d if args.op == "conv1d" else chunked.conv_transpose1d
-    target = npy.resumable_npy(args.output, problem.output_shape, source.dtype, force=args.force)
+    dtype = problem.dtype_of(problem.result)
+    target = npy.resumable_npy(args.output, problem.output_shape, numpy_dtype(dtype), force=args.force)
     try:
         with target as (out, journal), show_progress(args.op) as progress:
             if journal.exists():
@@ -162,7 +196,8 @@ def _convolve_pieces(
             try:
                 function(
                     source, weight, bias, **settings, out=out, journal=journal, version=source.version,
-                    progress=progress, max_bytes=args.max_bytes or chunked.MAX_BYTES, device="gpu" if on_gpu else "cpu",
+                    progress=progress, max_bytes=chunked.MAX_BYTES if args.max_bytes is None else args.max_bytes,
+                    device="gpu" if on_gpu else "cpu",
                 )  # fmt: skip
             except BaseException as error:
                 if journal.exists() and not isinstance(error, JournalError):

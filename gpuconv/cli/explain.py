@@ -10,7 +10,7 @@ from ..device import ARCHITECTURES
 from ..explain import DIRECTIONS, SETTINGS, explain
 from .errors import EXIT_CODES_WITH_GPU, CommandError
 from .gpu import use_gpu
-from .options import add_device, add_shapes, given_settings, specs
+from .options import add_device, add_json, add_shapes, given_settings, specs
 from .terminal import print_json, terminal_width
 
 
@@ -41,7 +41,7 @@ def add_to(commands: Any) -> None:
         metavar="D",
         help=f"what to explain: {', '.join(DIRECTIONS)} (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
+    add_json(parser)
     parser.set_defaults(run=run)
 
 

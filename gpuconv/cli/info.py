@@ -17,6 +17,7 @@ from ..gpus import missing_gpu
 from ..text import cuda_version, install_hint, shorten, wrap, wrap_rows
 from .errors import EXIT_CODES
 from .gpu import kernel_cache
+from .options import add_json
 from .terminal import print_json, terminal_width
 
 # The environment variables that gpuconv reads; the README describes them.
@@ -40,7 +41,7 @@ def add_to(commands: Any) -> None:
         description=text,
         epilog=f"{EXIT_CODES}\n\nexample:\n  gpuconv info --json",
     )
-    parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
+    add_json(parser)
     parser.set_defaults(run=run)
 
 

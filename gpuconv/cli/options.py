@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,10 @@ def add_device(parser: Any) -> None:
         metavar="WHERE",
         help="auto, cpu or gpu (default: auto, the GPU if one is available)",
     )
+
+
+def add_json(parser: Any, instead_of: str = "text") -> None:
+    parser.add_argument("--json", action="store_true", help=f"print a JSON object instead of {instead_of}")
 
 
 NUMBERS = (*DTYPES, *INTEGERS)
@@ -51,12 +56,6 @@ def add_shapes(parser: Any, *, required: bool, dtypes: str = ", ".join(DTYPES)) 
             metavar="D[,D]",
             help=f"{', '.join(NUMBERS)} (default: {dtypes})",
         )
-    parser.add_argument(
-        "--out-dtype",
-        choices=INTEGER_SUMS,
-        metavar="D",
-        help=f"of integer outputs: {_one_of(INTEGER_SUMS, INTEGER_SUMS[0])}",
-    )
     add_settings(parser, tuple(SETTINGS))
 
 
@@ -69,6 +68,12 @@ def add_settings(parser: Any, ops: tuple[Op, ...]) -> None:
     parser.add_argument("--groups", type=_whole_number, metavar="N", help="groups of channels (default: 1)")
     parser.add_argument(
         "--precision", choices=PRECISIONS, metavar="P", help=f"for float32 data: {_one_of(PRECISIONS, 'float32')}"
+    )
+    parser.add_argument(
+        "--out-dtype",
+        choices=INTEGER_SUMS,
+        metavar="D",
+        help=f"of the sums of integers: {_one_of(INTEGER_SUMS, INTEGER_SUMS[0])}",
     )
     for option, what in (("--input-activation", "applied to the input"), ("--activation", "applied to the output")):
         parser.add_argument(
@@ -166,6 +171,17 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def size(text: str) -> int:
+    """A number of bytes, such as 4096, 200MB (of 10**6 bytes) or 256MiB (of 2**20)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?B?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be a size such as 200MB or 1GiB, got {text!r}")
+    number, prefix, is_binary = match.groups()
+    return int(
+        float(number) * (1024 if is_binary else 1000) ** ("kMGT".index(prefix.replace("K", "k")) + 1 if prefix else 0)
+    )
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from ..problem import DTYPES
 from ..text import count
 from .errors import EXIT_CODES_WITH_GPU, EXIT_NO_GPU, CommandError
 from .gpu import kernel_cache
-from .options import add_shapes, at_least, given_settings, some_of, specs
-from .terminal import show_progress
+from .options import add_json, add_shapes, at_least, given_settings, some_of, specs
+from .terminal import print_json, show_progress
 
 
 def add_to(commands: Any) -> None:
@@ -57,6 +57,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--jobs", type=at_least(1), metavar="N", help="with --arch: compile in N processes (default: one per core)"
     )
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
@@ -83,8 +84,7 @@ def run(args: argparse.Namespace) -> int:
                 done = compile_all(jobs, args.jobs or usable_cpus(), progress)
         except (ImportError, RuntimeError, cubins.CacheError) as error:
             raise CommandError(str(error)) from error
-        ready, where = f"{count(done.kernels, 'kernel')} for {', '.join(args.arch)}", cubins.folder()
-        print(f"{ready} ready in {time.perf_counter() - start:.1f} s ({done.compiled} compiled): {where}")
+        _report(args, list(args.arch), "", done.kernels, done.compiled, str(cubins.folder()), start)
         return 0
     missing = missing_gpu()
     if missing is not None:
@@ -96,9 +96,22 @@ def run(args: argparse.Namespace) -> int:
             progress(number, len(configs), config.kernel)
             runtime.build(config, device.arch_name).compile()
         progress(len(configs), len(configs), "")
-    ready = f"{count(len(configs), 'kernel')} for {device.name} ({device.arch_name})"
-    print(f"{ready} ready in {time.perf_counter() - start:.1f} s: {kernel_cache()}")
+    _report(args, [device.arch_name], device.name, len(configs), None, kernel_cache(), start)
     return 0
+
+
+def _report(
+    args: argparse.Namespace, archs: list[str], gpu: str, kernels: int, compiled: int | None, folder: str, start: float
+) -> None:
+    """Print how many kernels are ready. How many of them were compiled now is unknown where CuPy keeps them: None."""
+    elapsed_s = time.perf_counter() - start
+    if args.json:
+        facts = {"arch_names": archs, "kernels": kernels, "compiled": compiled, "folder": folder}
+        print_json({**facts, "elapsed_s": elapsed_s})
+        return
+    names = ", ".join(archs)
+    ready = f"{count(kernels, 'kernel')} for {f'{gpu} ({names})' if gpu else names} ready in {elapsed_s:.1f} s"
+    print(f"{ready}{'' if compiled is None else f' ({compiled} compiled)'}: {folder}")
 
 
 def _layers(args: argparse.Namespace, settings: dict[str, Any]) -> list[Layer] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 import gpuconv
 from gpuconv import cubins
 from gpuconv.cli import main
+from gpuconv.cli.options import size
 from gpuconv.problem import ArraySpec
 from tests.cli.test_cli import in_folder, no_gpu, refusal, run  # noqa: F401 - fixtures
 
@@ -98,7 +100,7 @@ def test_the_cache_is_pruned_and_cleared(capsys: pytest.CaptureFixture[str], fol
         ("warmup --arch sm_90 --direction forward", "warmup takes settings only together with --input and --weight"),
         ("warmup conv1d --arch sm_90 --input 1,9 --weight 1,2,3", "conv1d: input has C_in = 1 channels"),
         ("cache show --max-size 3", "cache takes --max-size only together with prune"),
-        ("cache prune --max-size much", "--max-size must be a size such as 200MB or 1GB, got 'much'"),
+        ("cache prune --max-size much", "--max-size must be a size such as 200MB or 1GiB, got 'much'"),
         ("cache fill", "ACTION must be one of show, prune, clear, got 'fill'"),
     ],
 )
@@ -127,3 +129,20 @@ def test_without_a_compiler_warmup_says_what_is_missing() -> None:
 def test_a_gradient_that_cannot_be_explained_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     argv: list[Any] = ["warmup", "conv1d", *SMALL[:4], "--arch", "sm_90", "--activation", "relu"]
     assert "there is no gradient of what is fused" in refusal(capsys, *argv, "--direction", "grad_weight")
+
+
+def test_sizes_have_decimal_and_binary_units() -> None:
+    sizes = {
+        "7": 7,
+        "7B": 7,
+        "1.5kB": 1500,
+        "2K": 2000,
+        "200MB": 2 * 10**8,
+        "256MiB": 2**28,
+        "1 GiB": 2**30,
+        "1TB": 10**12,
+    }
+    assert {text: size(text) for text in sizes} == sizes
+    for text in ("", "MB", "-1", "1iB", "1 PB", "0x10", "1e3"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be a size such as 200MB or 1GiB, got"):
+            size(text)

@@ -146,6 +146,56 @@ def test_dtype_converts_every_file() -> None:
     assert np.array_equal(np.load("y.npy"), expected)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype", "options"),
+    [("int8", "int64", ""), ("uint8", "int32", "--out-dtype int32"), ("int64",) * 2 + ("",)],
+)
+@pytest.mark.parametrize("pieces", ["", "--max-bytes 1kB"])
+def test_integers_are_summed_exactly(dtype: str, out_dtype: str, options: str, pieces: str) -> None:
+    x, w = (
+        save(name, rng.integers(0, 100, shape).astype(dtype))
+        for name, shape in (("x.npy", (2, 300)), ("w.npy", (3, 2, 9)))
+    )
+    b = save("b.npy", rng.integers(0, 100, 3).astype(out_dtype))
+    argv = [
+        "conv1d",
+        "x.npy",
+        "w.npy",
+        "y.npy",
+        "--bias",
+        "b.npy",
+        "--device",
+        "cpu",
+        *options.split(),
+        *pieces.split(),
+    ]
+    assert main(argv) == 0
+    found = np.load("y.npy")
+    assert found.dtype == out_dtype
+    assert np.array_equal(found, gpuconv.conv1d(x, w, b, out_dtype=out_dtype))
+
+
+@pytest.mark.parametrize("op", ["conv1d", "conv_transpose1d"])
+@pytest.mark.parametrize("pieces", ["", "--max-bytes 2kB"])
+def test_taps_filter_each_channel_by_itself(op: str, pieces: str) -> None:
+    taps, b = save("taps.npy", normal(9)), save("b.npy", normal(2))
+    options = ["--padding", "same", "--stride", "2", "--bias", "b.npy", "--device", "cpu", *pieces.split()]
+    for shape in ((2, 300), (3, 2, 300)):
+        x = save("x.npy", normal(*shape))
+        assert main([op, "x.npy", "taps.npy", "y.npy", "--force", *options]) == 0
+        weight = np.stack((taps, taps))[:, np.newaxis]
+        expected = getattr(gpuconv, op)(x, weight, b, padding="same", stride=2, groups=2)
+        np.testing.assert_allclose(np.load("y.npy"), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pieces", ["", "--max-bytes 2kB"])
+def test_an_array_with_one_axis_is_one_channel(pieces: str) -> None:
+    x, taps, w = save("x.npy", normal(300)), save("taps.npy", normal(9)), save("w.npy", normal(4, 1, 9))
+    for weight, array in (("taps.npy", taps.reshape(1, 1, 9)), ("w.npy", w)):
+        assert main(["conv1d", "x.npy", weight, "y.npy", "--force", "--device", "cpu", *pieces.split()]) == 0
+        np.testing.assert_allclose(np.load("y.npy"), gpuconv.conv1d(x[np.newaxis], array), rtol=0, atol=1e-5)
+
+
 def test_bfloat16_goes_through_files_as_raw_values() -> None:
     x, w = save("x.npy", normal(1, 20, dtype="bfloat16")), save("w.npy", normal(1, 1, 3, dtype="bfloat16"))
     assert main(["conv1d", "x.npy", "w.npy", "y.npy", "--dtype", "bfloat16", "--device", "cpu"]) == 0
@@ -207,8 +257,11 @@ def test_bad_files_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     save("x.npy", normal(1, 20))
     save("w.npy", normal(1, 1, 3))
     save("int.npy", np.ones((1, 1, 3), np.int64))
+    save("uint.npy", np.ones((1, 1, 3), np.uint64))
     save("double.npy", np.ones((1, 1, 3)))
     save("flat.npy", np.ones(3, np.float32))
+    save("four.npy", np.ones((1, 1, 1, 20), np.float32))
+    save("scalar.npy", np.float32(1))
     save("long.npy", np.ones((1, 1, 30), np.float32))
     np.save("objects.npy", np.array([None, 1]), allow_pickle=True)
     Path("empty.npy").touch()
@@ -226,19 +279,22 @@ def test_bad_files_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused("text.npy", "w.npy") == "text.npy: is not a .npy file"
     assert refused("objects.npy", "w.npy") == "objects.npy: holds pickled Python objects, which are never loaded"
     assert refused("cut.npy", "w.npy").startswith("cut.npy: is truncated: 80 bytes of data expected")
-    assert refused("x.npy", "int.npy").startswith("int.npy: has dtype int64, expected one of float16")
+    assert refused("x.npy", "uint.npy").startswith("uint.npy: has dtype uint64, expected one of float16")
+    assert refused("x.npy", "int.npy").endswith("got input float32, weight int64; give --dtype to convert")
     assert refused("x.mp3", "w.npy") == "x.mp3: the name must end in .npy or .wav"
     assert refused("", "w.npy") == refused("x.npy", "") == "the name of a file is empty"
     assert refused("x.npy", "w.wav") == "w.wav: the name must end in .npy"
     assert refused("x.npy", "w.npy", "y.npy", "--bias", "none.npy") == "none.npy: does not exist"
     assert refused("x.npy", "w.npy", "y.npy", "--bias", "w.wav") == "w.wav: the name must end in .npy"
     # The problem itself, in the words of the library.
-    assert refused("flat.npy", "w.npy").startswith("conv1d: input must have shape (N, C_in, L_in) or (C_in, L_in)")
-    assert refused("x.npy", "flat.npy").startswith("conv1d: weight must have shape (C_out, C_in/groups, K)")
+    assert refused("four.npy", "w.npy").startswith("conv1d: input must have shape (N, C_in, L_in) or (C_in, L_in)")
+    assert refused("scalar.npy", "flat.npy").startswith("conv1d: input must have shape (N, C_in, L_in) or (C_in, L_in)")
+    assert refused("x.npy", "x.npy").startswith("conv1d: weight must have shape (C_out, C_in/groups, K)")
+    assert refused("x.npy", "flat.npy", "y.npy", "--groups", "1").startswith("conv1d: weight must have shape (C_out, ")
     assert refused("x.npy", "w.npy", "y.npy", "--bias", "w.npy").startswith("conv1d: bias must have shape (C_out,)")
     assert refused("x.npy", "long.npy").startswith("conv1d: the kernel is longer than the padded input")
     save("flat_double.npy", np.ones(3))
-    assert not refused("x.npy", "flat_double.npy").endswith("convert")
+    assert not refused("x.npy", "flat_double.npy", "y.npy", "--groups", "1").endswith("convert")
     assert refused("x.npy", "double.npy").endswith("got input float32, weight float64; give --dtype to convert")
 
 
@@ -250,6 +306,8 @@ def test_bad_outputs_are_refused_before_anything_is_computed(
     save("old.npy", np.zeros(3))
     save("cx.npy", normal(2, 20, dtype="complex64"))
     save("cw.npy", normal(1, 2, 3, dtype="complex64"))
+    save("ix.npy", np.ones((2, 20), np.int64))
+    save("iw.npy", np.ones((1, 2, 3), np.int64))
     Path("link.npy").symlink_to("x.npy")
     monkeypatch.setattr(functional, "conv1d", lambda *_, **__: pytest.fail("computed"))
 
@@ -265,6 +323,7 @@ def test_bad_outputs_are_refused_before_anything_is_computed(
     assert refused("y.wav").startswith("y.wav: a .wav file needs a sample rate")
     assert refused("y.npy", "--rate", "8000").startswith("y.npy: --rate is for a .wav output")
     assert "holds real samples" in refused("y.wav", "--rate", "8000", x="cx.npy", w="cw.npy")
+    assert "holds 32-bit floats, the output is int64" in refused("y.wav", "--rate", "8000", x="ix.npy", w="iw.npy")
     assert "holds (channels, samples), the output is (2, 1, 18)" in refused("y.wav", "--rate=8000", x="stereo.npy")
     assert np.array_equal(np.load("x.npy"), x)
     assert np.array_equal(np.load("w.npy"), w)

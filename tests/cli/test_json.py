@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from gpuconv.cli import main
 from tests.cli.test_cli import in_folder, no_gpu  # noqa: F401 - fixtures
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-ROWS = re.findall(r"^\| (`[a-z -]+`|an error) \| (`[a-z_`, ]+`) \|$", README, re.MULTILINE)
-KEYS = {name.strip("`"): re.findall(r"`(\w+)`", keys) for name, keys in ROWS}
+ROWS = re.findall(r"^\| (`[a-z0-9_ -]+`(?:, `[a-z0-9_]+`)*|an error) \| (`[a-z_`, ]+`) \|$", README, re.MULTILINE)
+KEYS = {name.strip("`"): re.findall(r"`(\w+)`", keys) for names, keys in ROWS for name in names.split(", ")}
 
 LAYER = "conv1d --input 1,2,9 --weight 2,2,3"
 COMMANDS = {
@@ -30,6 +31,9 @@ COMMANDS = {
         f"explain {LAYER} --device cpu",
         f"explain {LAYER} --device cpu --direction grad_bias",
     ],
+    "conv1d": ["conv1d x.npy w.npy y.npy --force", "conv1d x.npy w.npy y.wav --rate 8000"],
+    "conv_transpose1d": ["conv_transpose1d x.npy w.npy y.npy --max-bytes 1kB --force"],
+    "warmup": [f"warmup {LAYER} --dtype float64 --arch sm_90 --direction grad_bias"],
     "cache": ["cache", "cache prune", "cache clear"],
     "bench": [f"bench {LAYER} --device cpu --repeats 1", "bench --layers layers.json --device cpu --repeats 1"],
 }
@@ -56,8 +60,12 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, in_folder: Any) -> N
 def test_the_readme_lists_all_keys_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", *LAYER.split(), "--device", "cpu", "--json"]) == 0
     Path("layers.json").write_text(capsys.readouterr().out)
+    np.save("x.npy", np.ones((1, 9)))
+    np.save("w.npy", np.ones((1, 1, 2)))
     assert KEYS.keys() == {*COMMANDS, "an error"}
     for name, commands in COMMANDS.items():
+        if name == "warmup" and find_spec("cupy") is None:
+            continue
         for command in commands:
             assert [*printed(capsys, command)] == KEYS[name], command
 
@@ -95,6 +103,10 @@ def test_an_error_is_an_object(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert printed(capsys, "cache", 130) == {"error": "interrupted", "exit_code": 130}
     monkeypatch.setattr(cubins, "entries", fail)
     assert printed(capsys, "cache", 2)["error"].startswith("unexpected KeyError in test_json.py, line ")
+
+
+def test_an_output_on_standard_output_leaves_no_place_for_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, "conv1d x.npy w.npy -", 2)["error"].startswith("--json prints to standard output")
 
 
 def test_a_wrong_result_is_no_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
