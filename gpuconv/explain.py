@@ -22,16 +22,9 @@ from .fusion import FUSED_ARRAYS, RESIDUAL, Fused
 from .interchange import view
 from .lengths import Samples, follows_length
 from .memory import address, check_kinds
-from .problem import (
-    ArrayLike,
-    ArraySpec,
-    BiasGradientProblem,
-    ConvProblem,
-    Op,
-    WeightGradientProblem,
-)
+from .problem import ArrayLike, ArraySpec, BiasGradientProblem, ConvProblem, Op, WeightGradientProblem
 from .tasks import OPTIONAL, SIGNATURES
-from .text import WIDTH, count, quantity, wrap, wrap_rows
+from .text import WIDTH, count, duration, quantity, wrap, wrap_rows
 
 __all__ = ["Explanation", "explain"]
 
@@ -133,8 +126,11 @@ class Explanation:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations, a multiply-add counted as two (as eight for complex data), padding included."""
-        return self.parts * self.problem.flops()
+        """Floating-point operations, a multiply-add counted as two (as eight for complex data), padding included.
+
+        Through the FFT those of the transforms and of the products of spectra.
+        """
+        return self.parts * (self.problem.flops() if self.by_fft is None else self.by_fft.flops())
 
     @property
     def bytes(self) -> int:
@@ -289,15 +285,17 @@ class Explanation:
         if self.by_fft is not None:
             rows += _fft_rows(self.by_fft, self.device)
         if self.costs is not None:
-            direct, by_fft = (f"{us / 1e3:.3g} ms" for us in (self.costs.direct_us, self.costs.fft_us))
-            where_from = f"predicted for {count(self.costs.blocks, 'block')} of this layer"
-            rows.append(("costs", f"direct {direct}, FFT {by_fft}, {where_from}"))
+            costs = f"direct {duration(self.costs.direct_us)}, FFT {duration(self.costs.fft_us)}"
+            sample = f"one sample of {count(self.costs.blocks, 'block')}, whatever N and L are"
+            rows.append(("costs", f"{costs}: predicted for {sample}"))
         if self.fused:
             saved = {w: "" if n is None else f" ({quantity(n, 'B')} saved)" for w, n in self.fused.items()}
             words = [f"{what}{num_bytes}" for what, num_bytes in saved.items()]
             rows.append(("fused", ", ".join(words)))
-        work = f"{quantity(self.flops, 'FLOP')}, at least {quantity(self.bytes, 'B')} moved"
-        rows.append(("work", f"{work}, {self.intensity:.3g} FLOP/B"))
+        direct = self.parts * p.flops()
+        instead = "" if self.by_fft is None else f" in place of {quantity(direct, 'FLOP')} of direct sums"
+        work = f"{quantity(self.flops, 'FLOP')}{instead}, at least {quantity(self.bytes, 'B')} moved"
+        rows.append(("work", f"{work}, {quantity(self.intensity, 'FLOP/B')}"))
         copies = f"{', '.join(self.copies)} ({quantity(self.copy_bytes, 'B')})" if self.copies else "none"
         rows.append(("copies", copies))
         return "\n".join([*wrap(f"{title} on {where}", width), *wrap_rows(rows, width, indent="  ")])
@@ -375,7 +373,8 @@ def _names_of_operands(problem: WeightGradientProblem) -> dict[str, str]:
 def _fft_rows(plan: fft.Plan, device: Device | None) -> list[tuple[str, str]]:
     overlap = plan.overlap
     number = count(plan.problem.N * overlap.rows * overlap.blocks, "block")
-    words = f"{number} of {overlap.block} samples for {count(overlap.new, 'result')}, {plan.batch} at a time"
+    batches = f"in batches of {plan.batch}" if plan.on_gpu else f"at most {plan.batch} at a time"
+    words = f"{number} of {overlap.block} samples for {count(overlap.new, 'result')} each, {batches}"
     kept = f"{quantity(plan.workspace_bytes, 'B')}"
     if isinstance(plan.problem, ConvProblem):
         kept += f"; a prepared weight keeps {quantity(fft.kept_bytes(plan, device), 'B')}"

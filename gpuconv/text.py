@@ -69,6 +69,14 @@ def quantity(value: float, unit: str) -> str:
     return f"{value:.3g} {prefix}{unit}"
 
 
+def duration(us: float) -> str:
+    """A time, given in microseconds, with three digits: 10200 gives "10.2 ms"."""
+    for unit, scale in (("us", 1.0), ("ms", 1e3)):
+        if us < 999.5 * scale:
+            return f"{us / scale:.3g} {unit}"
+    return f"{us / 1e6:.3g} s"
+
+
 def shorten(message: str) -> str:
     """A message on one line, without the middle of overlong words (a number of 5,000 digits) and of overlong texts."""
     line = re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: _without_middle(word[0], 40), " ".join(message.split()))

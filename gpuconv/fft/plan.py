@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -86,6 +87,20 @@ class Plan:
             return self.on_gpu or self.read * self.written > SMALL_PRODUCT
         return self.read > 1 and (self.on_gpu or self.read * self.written * self.batch > SMALL_PRODUCT)
 
+    def flops(self) -> int:
+        """Floating-point operations of transforms and of products of spectra.
+
+        A transform of n complex numbers counts as 5*n*log2(n), and one of real numbers as half of that, which is usual.
+        """
+        o, (read, written) = self.overlap, channels_of(self.problem)
+        read, chunks, written = read * o.phases_in, -(-written // self.channels), written * o.phases_out
+        blocks = self.problem.N * o.rows * o.blocks
+        if self.on_gpu:  # a batch that is not full is filled up with zeros
+            blocks = self.batch * math.prod(-(-total // step) for total, step in zip(*self._steps(), strict=True))
+        transforms = blocks * (chunks * read + written) + read * written
+        one = (5 if self.problem.is_complex else 2.5) * o.block * math.log2(o.block)
+        return self.problem.groups * (round(transforms * one) + 8 * blocks * self.frequencies * read * written)
+
     @property
     def workspace_bytes(self) -> int:
         """A bound on the memory beside the arrays of the call.
@@ -122,20 +137,22 @@ class Plan:
             for channel in range(0, channels_of(self.problem)[1], self.channels):
                 yield groups, slice(channel, min(channel + self.channels, channels_of(self.problem)[1]))
 
-    def batches(self) -> Iterator[tuple[slice, slice, slice]]:
-        """Samples, rows and blocks that are computed at a time: `batch` blocks in all, or fewer."""
+    def _steps(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """How many samples, blocks and rows there are, and how many of each a batch has at most."""
         o = self.overlap
         rows = min(o.rows, self.batch)
-        blocks = min(o.blocks, self.batch // rows)
-        samples = self.batch // (rows * max(1, blocks))
-        for n in range(0, self.problem.N, samples):
-            for b in range(0, o.blocks, max(1, blocks)):
-                for r in range(0, o.rows, rows):
-                    yield (
-                        slice(n, min(n + samples, self.problem.N)),
-                        slice(r, min(r + rows, o.rows)),
-                        slice(b, min(b + blocks, o.blocks)),
-                    )
+        blocks = max(1, min(o.blocks, self.batch // rows))
+        return (self.problem.N, o.blocks, o.rows), (self.batch // (rows * blocks), blocks, rows)
+
+    def batches(self) -> Iterator[tuple[slice, slice, slice]]:
+        """Samples, rows and blocks that are computed at a time: `batch` blocks in all, or fewer."""
+        totals, steps = self._steps()
+        for n in range(0, totals[0], steps[0]):
+            for b in range(0, totals[1], steps[1]):
+                for r in range(0, totals[2], steps[2]):
+                    first = zip((n, b, r), steps, totals, strict=True)
+                    samples, blocks, rows = (slice(i, min(i + step, total)) for i, step, total in first)
+                    yield samples, rows, blocks
 
 
 def channels_of(p: FftProblem) -> tuple[int, int]:

@@ -214,6 +214,48 @@ def test_a_prepared_weight_keeps_its_spectra(monkeypatch: pytest.MonkeyPatch) ->
     np.testing.assert_allclose(y, gpuconv.conv1d(x, w.real, groups=2), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_explain_counts_the_operations_of_the_fft(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transforms are those that run: of the input for each chunk of output channels, of the taps, and back."""
+    done = 0
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            def transform(array: Array, length: int) -> Any:
+                nonlocal done
+                done += array.size // array.shape[-1]
+                return getattr(np.fft, name)(array, length)
+
+            return transform
+
+    monkeypatch.setattr(fft.executor, "transforms", lambda _: Counting())
+    monkeypatch.setitem(fft.plan.SPECTRA_BYTES, "cpu", 2**14)  # so that there are chunks
+    monkeypatch.setitem(fft.plan.BATCH_BYTES, "cpu", 2**14)
+    rng = np.random.default_rng(5)
+    for _ in range(30):
+        call = Call(rng, dtype)
+        for direction, function in (("forward", call.op), ("grad_weight", f"{call.op}_weight")):
+            done = 0
+            arrays = (call.x, call.w) if direction == "forward" else (call.x, call.w.shape, call.u)
+            module = gpuconv if direction == "forward" else grad
+            getattr(module, function)(*arrays, **call.settings, algorithm="fft")
+            found = gpuconv.explain(
+                call.op, call.x, call.w, **call.settings, algorithm="fft", direction=direction, device="cpu"
+            )
+            plan = found.by_fft
+            assert plan is not None
+            o, (read, written) = plan.overlap, fft.plan.channels_of(plan.problem)
+            spectra = plan.problem.groups * read * o.phases_in * written * o.phases_out
+            products = 8 * spectra * plan.frequencies * plan.problem.N * o.rows * o.blocks
+            one = (5 if dtype == "complex64" else 2.5) * o.block * np.log2(o.block)
+            assert found.flops == pytest.approx(done * one + products, rel=1e-9), (call.op, call.settings)
+    x, w = ArraySpec((1, 1, 96000), "float32"), ArraySpec((1, 1, 24000), "float32")
+    for device, blocks in (("cpu", 1), ("sm_90", 32)):  # a GPU fills a batch up
+        found = gpuconv.explain("conv1d", x, w, padding="causal", algorithm="fft", device=device)
+        assert found.flops == round((2 * blocks + 1) * 2.5 * 2**17 * 17) + 8 * blocks * (2**16 + 1)
+        assert "in place of 4.61 GFLOP of direct sums" in found.page()
+
+
 def test_auto_chooses_by_the_layer_and_explain_shows_both_costs() -> None:
     rng = np.random.default_rng(4)
     for K, is_fft in ((3, False), (5000, True)):

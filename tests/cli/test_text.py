@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpuconv.text import count, install_hint, shorten, wrap, wrap_rows
+from gpuconv.text import count, duration, install_hint, shorten, wrap, wrap_rows
 
 
 def test_lines_break_between_words() -> None:
@@ -28,6 +28,11 @@ def test_an_install_command_stays_on_one_line(width: int) -> None:
 def test_a_number_stays_with_its_unit() -> None:
     assert wrap("512 blocks, 6656 B of memory", 16) == ["512 blocks,", "6656 B of memory"]
     assert wrap("moved at least 76.9 MB", 20) == ["moved at least", "76.9 MB"]
+
+
+def test_times_have_three_digits_and_a_unit() -> None:
+    times = {0.0: "0 us", 9.912: "9.91 us", 999.4: "999 us", 999.6: "1 ms", 163052.3: "163 ms", 1.634e6: "1.63 s"}
+    assert {us: duration(us) for us in times} == times
 
 
 def test_rows_hang() -> None:
