@@ -36,7 +36,7 @@ def add_to(commands: Any, op: Op) -> None:
         "input or output, which is a .wav file if the input is one or --rate is given, else\n"
         "a .npy file. A large .npy file is computed in pieces, in constant memory; if that\n"
         "is interrupted, run the same command again to continue.",
-        epilog=f"{EXIT_CODES_WITH_GPU}\n\nexample:\n  gpuconv {op} speech.wav filter.npy out.wav"
+        epilog=f"{EXIT_CODES_WITH_GPU}\n\nexample:\n  gpuconv {op} speech.wav taps.npy out.wav"
         + (" --stride 2" if transposed else " --padding same"),
     )
     parser.add_argument("input", metavar="IN", help="input, .npy or .wav")
@@ -45,7 +45,7 @@ def add_to(commands: Any, op: Op) -> None:
     parser.add_argument("--bias", metavar="B", help="bias (C_out,), .npy")
     add_settings(parser, (op,))
     add_device(parser)
-    parser.add_argument("--dtype", choices=DTYPES, metavar="D", help=f"convert the files first, to {', '.join(DTYPES)}")
+    parser.add_argument("--dtype", choices=DTYPES, metavar="D", help=f"convert the files to {', '.join(DTYPES)} first")
     parser.add_argument(
         "--rate",
         type=at_least(1),

@@ -60,6 +60,7 @@ def add_shapes(parser: Any, *, required: bool, dtypes: str = ", ".join(DTYPES)) 
 
 
 def add_settings(parser: Any, ops: tuple[Op, ...]) -> None:
+    parser = parser.add_argument_group("settings of the layer")
     note = "conv_transpose1d: " if len(ops) > 1 else ""
     words = "valid, same or causal" if "conv1d" in ops else "valid or same"
     parser.add_argument("--stride", type=_whole_number, metavar="N", help="step of the window (default: 1)")
@@ -75,13 +76,14 @@ def add_settings(parser: Any, ops: tuple[Op, ...]) -> None:
         metavar="D",
         help=f"of the sums of integers: {_one_of(INTEGER_SUMS, INTEGER_SUMS[0])}",
     )
-    for option, what in (("--input-activation", "applied to the input"), ("--activation", "applied to the output")):
-        parser.add_argument(
-            option,
-            type=_activation,
-            metavar="A",
-            help=f"{what}: {', '.join(_ACTIVATIONS)}; also with a parameter, such as leaky_relu,0.1 elu,0.5 gelu,tanh",
-        )
+    parser.add_argument(
+        "--input-activation",
+        type=_activation,
+        metavar="A",
+        help=f"applied to the input: {', '.join(_ACTIVATIONS)}; also with a parameter, such as leaky_relu,0.1 elu,0.5 "
+        "gelu,tanh",
+    )
+    parser.add_argument("--activation", type=_activation, metavar="A", help="applied to the output, likewise")
     # The commands for both operations also have the algorithms of their gradients.
     kinds: tuple[Kind, ...] = (*ops, *(("weight_gradient", "bias_gradient") if len(ops) > 1 else ()))
     names = dict.fromkeys(name for kind in kinds for name in dispatch.algorithms(kind))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import itertools
 import re
 import sys
@@ -54,7 +55,9 @@ class Parser(argparse.ArgumentParser):
                 break
             if re.match(r"--?[A-Za-z]", word) and word.partition("=")[0] not in self._option_string_actions:
                 value = "" if following.startswith("-") else f" {following}"
-                self.error(f"unrecognized arguments: {word}{value}")
+                close = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, 1)
+                meant = f"; did you mean {close[0]}?" if close else ""
+                self.error(f"unrecognized arguments: {word}{value}{meant}")
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")

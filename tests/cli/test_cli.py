@@ -830,13 +830,14 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert refusal(capsys, "info", "more").startswith("unknown argument: more")
     assert refusal(capsys, "info", "--json=1").startswith("--json takes no value, got '1'")
     assert refusal(capsys, "conv1d", "a.npy").startswith("WEIGHT, OUT are missing")
-    assert refusal(capsys, "--verison") == "unknown argument: --verison (see gpuconv --help)"
+    assert refusal(capsys, "--verison") == "unknown argument: --verison; did you mean --version? (see gpuconv --help)"
     assert refusal(capsys, "-v") == "unknown argument: -v (see gpuconv --help)"
     shapes = ("explain", "conv1d", "--weight", "1,1,3", "--input")
     assert refusal(capsys, *shapes, "8", "1", "9") == "unknown argument: 1 9 (see gpuconv explain --help)"
-    assert (
-        refusal(capsys, *shapes[:4], "--inptu", "1,9") == "unknown argument: --inptu 1,9 (see gpuconv explain --help)"
-    )
+    found = refusal(capsys, *shapes[:4], "--inptu", "1,9")
+    assert found == "unknown argument: --inptu 1,9; did you mean --input? (see gpuconv explain --help)"
+    found = refusal(capsys, *shapes[:4], "--inptu=1,9")
+    assert found == "unknown argument: --inptu=1,9; did you mean --input? (see gpuconv explain --help)"
     assert refusal(capsys, *shapes, "1,9", "--arch") == "--arch needs a value (see gpuconv explain --help)"
 
 
