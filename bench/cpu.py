@@ -1,6 +1,6 @@
 """Measures the NumPy path of gpuconv and PyTorch's CPU build on the benchmark layers.
 
-    python bench/cpu.py [--threads 1,2] [--modes float32,float64] [--direction grad_weight] [--shapes] [--quick]
+    python -m bench.cpu [--threads 1,2] [--modes float32,float64] [--direction grad_weight] [--shapes] [--quick]
 
 Each layer runs at its own batch, or at the largest batch that needs at most 2 GiB and 20 GFLOP; a layer that exceeds
 this with one sample is left out. Both libraries get the same arrays and the same number of threads, allocate their
@@ -22,10 +22,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":
-    # Python puts the script's folder first in the path; replace it by the checkout, so that nothing need be installed.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 import numpy.typing as npt
@@ -274,7 +270,9 @@ def measure_ceilings() -> Ceilings:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--filter", default="", metavar="REGEX", help="only layers whose name matches")
     parser.add_argument("--quick", action="store_true", help="only layers of up to 64 MiB and 1 GFLOP, 3 repeats")
     parser.add_argument("--repeats", type=count, metavar="N", help="turns of each library per layer (default: 7, or 3)")

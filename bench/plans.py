@@ -1,8 +1,8 @@
 """The effect of a change of the cost model or of a rule: plans of random problems before and after it.
 
-python bench/plans.py --write before.jsonl      # in a checkout without the change
-python bench/plans.py --write after.jsonl       # in one with it
-python bench/plans.py --compare before.jsonl after.jsonl
+python -m bench.plans --write before.jsonl      # in a checkout without the change
+python -m bench.plans --write after.jsonl       # in one with it
+python -m bench.plans --compare before.jsonl after.jsonl
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _change(old: dict[str, Any], new: dict[str, Any], chosen: Sequence[str]) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python bench/plans.py", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.plans", description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", default="sm_90", choices=sorted(ARCHITECTURES, key=lambda a: int(a[3:])))
     parser.add_argument("--count", type=int, default=3000, help="of problems (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)

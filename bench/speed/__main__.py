@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     if missing := missing_gpu():
-        console.print(f"[red]{missing}[/red]\nbench/cpu.py measures the NumPy path.", highlight=False)
+        console.print(f"[red]{missing}[/red]\npython -m bench.cpu measures the NumPy path.", highlight=False)
         return 3
     modes = listed(args.modes, {mode.name: mode for mode in MODES}, "mode", parser)
     cases, left_out = select(load(), modes, args.filter, int(args.max_gib * 2**30), sys.maxsize, args.direction)

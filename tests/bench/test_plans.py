@@ -1,4 +1,4 @@
-"""bench/plans.py: the plans of random problems before and after a change."""
+"""bench.plans: the plans of random problems before and after a change."""
 
 from __future__ import annotations
 
