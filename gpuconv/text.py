@@ -1,4 +1,4 @@
-"""Text for users: lines that fit a terminal, plurals, long values, and how to install missing packages."""
+"""Text for users: lines that fit a terminal, plurals, long values, versions, and how to install missing packages."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Iterable
 WIDTH = 80  # columns of output that does not go to a terminal
 _NARROWEST = 16  # the fewest columns of text besides an indent, however narrow the terminal is
 _LONGEST_WORD, _LONGEST_MESSAGE = 200, 2000  # characters
-_TOGETHER = re.compile(r"pip install -e '[^']*'|\d (?:[kMGT]?(?:B|FLOP|Hz)|us|ms|s)\b")
+_TOGETHER = re.compile(r"pip install -e '[^']*'|--gpus all|\d (?:[kMGT]?(?:B|FLOP|Hz)|us|ms|s)\b")
 _UNBREAKABLE = "\xa0"  # a space at which textwrap breaks no line
 
 
 def wrap(text: str, width: int, *, first: str = "", rest: str = "") -> list[str]:
     """The lines of one paragraph, broken between words only.
 
-    An install command, which users copy, and a number with its unit are never broken.
+    A command that users copy, and a number with its unit, are never broken.
 
     Args:
         text: the paragraph; its line breaks count as spaces.
@@ -93,3 +93,13 @@ def install_hint(*extras: str) -> str:
     gpuconv is on no package index, so it can be installed only from a checkout.
     """
     return " or ".join(f"pip install -e '.[{extra}]'" for extra in extras) + " in a checkout of gpuconv"
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package, which is not imported; None if it is not installed."""
+    import importlib.metadata  # here, since it is slow and `import gpuconv` does not need it
+
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -98,16 +98,17 @@ def verify(
     """
     started = time.perf_counter()
     if device not in ("auto", "gpu", "cpu"):
-        raise ValueError(f'device must be "auto", "gpu" or "cpu", got {device!r}')
+        raise ValueError(f'verify: device must be "auto", "gpu" or "cpu", got {device!r}')
     if layers is not None and filter is not None:
-        raise ValueError(f"layers are given in place of a filter, got both, filter {filter!r}")
+        raise ValueError(f"verify: layers are given in place of a filter, got both, filter {filter!r}")
     restricted = any(given is not None for given in (filter, layers, dtypes, family))
     whole_table = filter is None and layers is None
     if isinstance(dtypes, str):
         dtypes = [dtypes]
     unknown = [dtype for dtype in dtypes or () if dtype not in NUMBER_FORMATS]
     if unknown:
-        raise ValueError(f"dtypes must be among {', '.join(NUMBER_FORMATS)}, got {', '.join(map(repr, unknown))}")
+        got = ", ".join(map(repr, unknown))
+        raise ValueError(f"verify: dtypes must be among {', '.join(NUMBER_FORMATS)}, got {got}")
     own_cases = None if layers is None else _cases_of(layers, dtypes)
     selected = cases.select(filter)
     missing = None if device == "cpu" else missing_gpu()
@@ -134,7 +135,7 @@ def verify(
     has, lacking = ((), ()) if gpu is None else families_of(gpu)
     if family is not None and family not in has:
         where = "there is none on the CPU" if gpu is None else f"this GPU has {', '.join(has)}"
-        raise ValueError(f"family must name a kernel family of the GPU, got {family!r}; {where}")
+        raise ValueError(f"verify: family must name a kernel family of the GPU, got {family!r}; {where}")
 
     every = [(dtype, case) for dtype in dtypes for case in selected]
     pairs = list(cases.quick_pairs(dtypes)) if quick and filter is None else every
@@ -142,13 +143,13 @@ def verify(
         every = own_cases
         pairs = [(dtype, case) for dtype, case in own_cases if dtype not in skipped]
         if not pairs:
-            raise ValueError(f"no layer can be run here: {'; '.join(skipped.values()) or 'there are none'}")
+            raise ValueError(f"verify: no layer can be run here: {'; '.join(skipped.values()) or 'there are none'}")
     if gpu is not None:
         pairs += _pairs_for(has if whole_table else (), every, pairs, gpu)
         if family is not None:
             pairs = [(dtype, case) for dtype, case in pairs if family in families_that_take(case.at(dtype), gpu)]
             if not pairs:
-                raise ValueError(f"no case of this filter and these dtypes reaches the kernel family {family}")
+                raise ValueError(f"verify: no case of this filter and these dtypes reaches the kernel family {family}")
     far: list[tuple[str, Case, str]] = []
     if gpu is not None and whole_table:
         narrowest = min(dtypes, key=far_bytes)
@@ -203,7 +204,7 @@ def _cases_of(layers: Sequence[Layer], dtypes: Sequence[str] | None) -> list[Pai
         try:
             found += [one.case(f"layer {number}") for one in wanted]
         except (ValueError, TypeError) as error:
-            raise ValueError(f"layer {number}: {error}") from None
+            raise ValueError(f"verify: layer {number}: {error}") from None
     return found
 
 

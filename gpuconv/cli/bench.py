@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import platform
 from typing import Any
 
@@ -14,7 +13,7 @@ from ..cpu.threads import usable_cpus
 from ..explain import SETTINGS
 from ..layers import Layer
 from ..measure import Comparison, Timing, compare, settings_text
-from ..text import count, wrap
+from ..text import count, installed_version, wrap
 from .errors import EXIT_MISMATCH, CommandError
 from .gpu import use_gpu
 from .options import add_device, add_json, add_shapes, at_least, given_settings, specs
@@ -61,7 +60,11 @@ def run(args: argparse.Namespace) -> int:
     facts = {
         "device": {"name": runtime.current_gpu().name if on_gpu else "CPU"},
         "processors": usable_cpus(),
-        "versions": {"python": platform.python_version(), "numpy": np.__version__, "pytorch": _version("torch")},
+        "versions": {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "pytorch": installed_version("torch"),
+        },
         "turns": args.repeats,
     }
     if args.json:
@@ -113,10 +116,3 @@ def _time(timing: Timing) -> str:
     spread = round(100 * timing.spread / timing.median) if timing.median else 0
     unit, scale = ("s ", 1.0) if timing.median >= 1 else ("ms", 1e3) if timing.median >= 1e-3 else ("us", 1e6)
     return f"{timing.median * scale:7.2f} {unit} ±{spread:2} %"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

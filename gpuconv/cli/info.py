@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import __version__, cubins, runtime
 from ..gpus import missing_gpu
-from ..text import cuda_version, install_hint, shorten, wrap, wrap_rows
+from ..text import cuda_version, install_hint, installed_version, shorten, wrap, wrap_rows
 from .errors import EXIT_CODES
 from .gpu import kernel_cache
 from .options import add_json
@@ -26,10 +26,13 @@ VARIABLES = (
     "CUPY_COMPILE_WITH_PTX", "CUDA_VISIBLE_DEVICES", "COLUMNS", "NO_COLOR",
 )  # fmt: skip
 
+# Packages for single parts of gpuconv, whose versions are read without importing them.
+_PACKAGES = ("scipy", "torch", "dask", "safetensors", "matplotlib")
+
 # The names of the versions in the text, where they differ.
 _LABELS = {
     "python": "Python", "numpy": "NumPy", "cupy": "CuPy", "cuda_runtime": "CUDA runtime", "nvrtc": "NVRTC",
-    "cuda_driver": "NVIDIA driver",
+    "cuda_driver": "NVIDIA driver", "scipy": "SciPy", "torch": "PyTorch",
 }  # fmt: skip
 
 
@@ -84,6 +87,7 @@ def _facts() -> dict[str, Any]:
         "ml_dtypes": _version("ml_dtypes"),
         "soundfile": _version("soundfile"),
         "rich": _version("rich"),
+        **{package: installed_version(package) for package in _PACKAGES},
     }
     missing: list[dict[str, str]] = []
     devices: list[dict[str, Any]] = []

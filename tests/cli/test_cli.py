@@ -557,6 +557,9 @@ def test_info_in_both_forms(capsys: pytest.CaptureFixture[str], no_gpu: str, mon
     facts = json.loads(capsys.readouterr().out)
     assert facts["versions"]["gpuconv"] == gpuconv.__version__
     assert facts["versions"]["numpy"] == np.__version__
+    assert facts["versions"]["torch"] == info.installed_version("torch")
+    assert {"scipy", "dask", "safetensors", "matplotlib"} < facts["versions"].keys()
+    assert info.installed_version("no-such-package") is None
     assert facts["kernel_cache"] == facts["environment"]["CUPY_CACHE_DIR"] == "/somewhere/else"
     assert facts["environment"]["GPUCONV_TRACEBACK"] is None
     assert facts["devices"] == []
@@ -590,7 +593,7 @@ def test_info_names_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypa
     ]
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    assert text.count("not available") == 7
+    assert text.count("not available") == 7 + [info.installed_version(name) for name in info._PACKAGES].count(None)
 
 
 class _Kernel:

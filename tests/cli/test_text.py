@@ -27,6 +27,7 @@ def test_an_install_command_stays_on_one_line(width: int) -> None:
 
 def test_a_number_stays_with_its_unit() -> None:
     assert wrap("512 blocks, 6656 B of memory", 16) == ["512 blocks,", "6656 B of memory"]
+    assert wrap("start it with --gpus all", 20) == ["start it with", "--gpus all"]
     assert wrap("moved at least 76.9 MB", 20) == ["moved at least", "76.9 MB"]
 
 

@@ -530,9 +530,11 @@ def test_one_family_alone() -> None:
     device = Device.from_arch("sm_90")
     taken = {case.name for case in cases.select() if "conv1d_depthwise" in families_that_take(case.problem, device)}
     assert {result.case for result in report.results} == taken
-    with pytest.raises(ValueError, match=r"^family must name a kernel family .*, got 'fast'; this GPU has conv1d"):
+    with pytest.raises(ValueError, match=r"^verify: family must name a kernel family .*, got 'fast'; this GPU has"):
         verify("gpu", family="fast")
-    with pytest.raises(ValueError, match=r"^no case of this filter and these dtypes reaches .* conv1d_depthwise$"):
+    with pytest.raises(
+        ValueError, match=r"^verify: no case of this filter and these dtypes reaches .* conv1d_depthwise$"
+    ):
         verify("gpu", family="conv1d_depthwise", filter="up_k1")
     with pytest.raises(ValueError, match=r"got 'conv1d_direct'; there is none on the CPU$"):
         verify("cpu", family="conv1d_direct")
@@ -753,8 +755,8 @@ def test_progress() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"device": "tpu"}, 'device must be "auto", "gpu" or "cpu", got \'tpu\''),
-        ({"device": "cpu", "dtypes": ["float32", "int8"]}, "dtypes must be among float16, .*, got 'int8'"),
+        ({"device": "tpu"}, 'verify: device must be "auto", "gpu" or "cpu", got \'tpu\''),
+        ({"device": "cpu", "dtypes": ["float32", "int8"]}, "verify: dtypes must be among float16, .*, got 'int8'"),
         ({"device": "cpu", "filter": "nothing"}, "filter 'nothing' matches no case"),
     ],
 )

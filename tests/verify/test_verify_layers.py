@@ -107,7 +107,10 @@ def test_a_layer_that_is_computed_wrongly_is_named(
     [
         (["--filter", "k3"], "verify takes --layers in place of --filter, --all and --list"),
         (["--list"], "verify takes --layers in place of --filter, --all and --list"),
-        (["--dtype", "complex64"], "layer 1: conv1d: activation snake needs real floating-point data, got complex64"),
+        (
+            ["--dtype", "complex64"],
+            "verify: layer 1: conv1d: activation snake needs real floating-point data, got complex64",
+        ),
     ],
 )
 def test_what_does_not_go_together(
