@@ -14,7 +14,6 @@ data. An infinite tap times a zero between the rows gives NaN.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
@@ -22,6 +21,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from . import grad, runtime
+from .arguments import check_int
 from .functional import conv1d, conv_transpose1d
 from .memory import take
 from .signal.arrays import computable
@@ -67,7 +67,7 @@ def convolve(
                [0., 3.]])
     """
     data, filt = take("convolve", data=data, filt=filt)
-    p = _Problem.of(data.shape, filt.shape, mode, strides, multi_channel)
+    p = _Problem.of("convolve", data.shape, filt.shape, mode, strides, multi_channel)
     with runtime.current_device_of(data), np.errstate(all="ignore"):
         return _convolve(p, data, filt, _result_type("convolve", data, filt))
 
@@ -95,7 +95,7 @@ def convolve_data_adjoint(
         array([ 1., 20.])
     """
     output, filt = take("convolve_data_adjoint", output=output, filt=filt)
-    p = _Problem.of(data_shape, filt.shape, mode, strides, multi_channel, output.shape)
+    p = _Problem.of("convolve_data_adjoint", data_shape, filt.shape, mode, strides, multi_channel, output.shape)
     with runtime.current_device_of(output), np.errstate(all="ignore"):
         return _data_adjoint(p, output, filt, _result_type("convolve_data_adjoint", output, filt))
 
@@ -122,7 +122,7 @@ def convolve_filter_adjoint(
         array([ 1., 20.])
     """
     output, data = take("convolve_filter_adjoint", output=output, data=data)
-    p = _Problem.of(data.shape, filt_shape, mode, strides, multi_channel, output.shape)
+    p = _Problem.of("convolve_filter_adjoint", data.shape, filt_shape, mode, strides, multi_channel, output.shape)
     with runtime.current_device_of(output), np.errstate(all="ignore"):
         return _filter_adjoint(p, output, data, _result_type("convolve_filter_adjoint", output, data))
 
@@ -169,6 +169,7 @@ class _Problem:
     @classmethod
     def of(
         cls,
+        caller: str,
         data_shape: Shape,
         filt_shape: Shape,
         mode: str,
@@ -177,37 +178,37 @@ class _Problem:
         given: Shape | None = None,
     ) -> _Problem:
         """Check the shapes and make the problem; `given` is the shape of the output if the caller has one."""
-        outer, taps = tuple(map(operator.index, data_shape)), tuple(map(operator.index, filt_shape))
+        outer, taps = _ints(caller, "data_shape", data_shape), _ints(caller, "filt_shape", filt_shape)
         D = len(taps) - (2 if multi_channel else 0)
         if not 1 <= D <= 3:
-            raise ValueError(f"1, 2 or 3 axes can be convolved, got {D} with a filter of shape {taps}")
+            raise ValueError(f"{caller}: 1, 2 or 3 axes can be convolved, got {D} with a filter of shape {taps}")
         lead = len(outer) - D - (1 if multi_channel else 0)
         if lead < 0:
-            raise ValueError(f"data must have {len(outer) - lead} axes or more, got the shape {outer}")
+            raise ValueError(f"{caller}: data must have {len(outer) - lead} axes or more, got the shape {outer}")
         c_o, c_i = taps[:2] if multi_channel else (1, 1)
         if multi_channel and outer[lead] != c_i:
-            raise ValueError(f"Data channel mismatch, got {outer[lead]} from data and {c_i} from filt.")
+            raise ValueError(f"{caller}: Data channel mismatch, got {outer[lead]} from data and {c_i} from filt.")
         if strides is not None and len(strides) != D:
-            raise ValueError(f"Strides must have length {D}.")
+            raise ValueError(f"{caller}: Strides must have length {D}.")
         absent = (1,) * (3 - D)
         m, n = (*absent, *outer[-D:]), (*absent, *taps[-D:])
-        steps = (*absent, *map(operator.index, (1,) * D if strides is None else strides))
+        steps = (*absent, *((1,) * D if strides is None else _ints(caller, "strides", strides)))
         if min(*m, *n, *steps) < 1:
             raise ValueError(
-                f"extents and strides must be 1 or more, got data {outer}, filter {taps}, strides {strides}"
+                f"{caller}: extents and strides must be 1 or more, got data {outer}, filter {taps}, strides {strides}"
             )
         if mode not in ("full", "valid"):
-            raise ValueError(f"Invalid mode, got {mode}")
+            raise ValueError(f"{caller}: Invalid mode, got {mode}")
         axes = tuple(zip(m, n, steps, strict=True))
         if mode == "valid" and any(a > b for a, b, _ in axes) and any(a < b for a, b, _ in axes):
             raise ValueError(
-                "In valid mode, either data or filter must be at least as large as the other in every axis."
+                f"{caller}: In valid mode, either data or filter must be at least as large as the other in every axis."
             )
         padding = tuple(b - 1 if mode == "full" else max(0, b - a) for a, b, _ in axes)
         p = tuple((a + 2 * pad - b) // s + 1 for (a, b, s), pad in zip(axes, padding, strict=True))
         output = (*outer[:lead], *((c_o,) if multi_channel else ()), *p[-D:])
         if given is not None and tuple(given) != output:
-            raise ValueError(f"output must have the shape {output}, got {tuple(given)}")
+            raise ValueError(f"{caller}: output must have the shape {output}, got {tuple(given)}")
         # No window of an item reaches the data of the next: it ends before (p - 1)*s + n <= m + 2*pad.
         period = tuple(-(-(a + pad) // s) for (a, _, s), pad in zip(axes, padding, strict=True))
         B = math.prod(outer[:lead])
@@ -296,6 +297,10 @@ def _as_channels(taps: Any) -> Any:
 def _add(sums: Any, part: Any) -> Any:
     sums += part
     return sums
+
+
+def _ints(caller: str, name: str, values: Shape) -> tuple[int, ...]:
+    return tuple(check_int(caller, f"each of {name}", value, "an int") for value in values)
 
 
 def _result_type(caller: str, first: Any, second: Any) -> Any:

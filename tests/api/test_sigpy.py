@@ -200,16 +200,26 @@ BAD_FOR_BOTH: list[tuple[Any, Any, dict[str, Any], str]] = [
     ),
 ]
 BAD: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
-    (lambda x: sigpy.convolve(x, x[None, None, None]), ValueError, "1, 2 or 3 axes can be convolved, got 4"),
+    (lambda x: sigpy.convolve(x, x[None, None, None]), ValueError, "convolve: 1, 2 or 3 axes can be convolved, got 4"),
     (lambda x: sigpy.convolve(x, x, multi_channel=True), ValueError, "1, 2 or 3 axes can be convolved, got -1"),
-    (lambda x: sigpy.convolve(x, x[None]), ValueError, "data must have 2 axes or more, got the shape (5,)"),
+    (lambda x: sigpy.convolve(x, x[None]), ValueError, "convolve: data must have 2 axes or more, got the shape (5,)"),
     (lambda x: sigpy.convolve(x, x[:0]), ValueError, "extents and strides must be 1 or more"),
-    (lambda x: sigpy.convolve(x, x, strides=(0,)), ValueError, "extents and strides must be 1 or more"),
+    (lambda x: sigpy.convolve(x, x, strides=(0,)), ValueError, "convolve: extents and strides must be 1 or more"),
     (lambda x: sigpy.convolve(x, [1.0]), TypeError, "convolve: filt must be a NumPy or CuPy array, got list"),
     (lambda x: sigpy.convolve(x, 1j * x), TypeError, "results of float64 and complex128 cannot be cast to float64"),
     (lambda x: sigpy.convolve(x.astype("longdouble"), x), TypeError, "is not supported"),
-    (lambda x: sigpy.convolve_data_adjoint(x, x, (5,)), ValueError, "output must have the shape (9,), got (5,)"),
-    (lambda x: sigpy.convolve_filter_adjoint(x, x, (5,)), ValueError, "output must have the shape (9,), got (5,)"),
+    (
+        lambda x: sigpy.convolve_data_adjoint(x, x, (5,)),
+        ValueError,
+        "convolve_data_adjoint: output must have the shape (9,)",
+    ),
+    (
+        lambda x: sigpy.convolve_data_adjoint(x, x, (5.0,)),
+        TypeError,
+        "each of data_shape must be an int, got float 5.0",
+    ),
+    (lambda x: sigpy.convolve(x, x, strides=(1.5,)), TypeError, "convolve: each of strides must be an int, got float"),
+    (lambda x: sigpy.convolve_filter_adjoint(x, x, (5,)), ValueError, "convolve_filter_adjoint: output must have"),
 ]
 
 
@@ -223,7 +233,7 @@ def test_bad_arguments(call: Callable[[Any], Any], kind: type[Exception], says: 
 def test_bad_arguments_that_sigpy_refuses_in_the_same_words(
     shape: Any, filt_shape: Any, settings: dict[str, Any], says: str
 ) -> None:
-    with pytest.raises(ValueError, match=re.escape(says)):
+    with pytest.raises(ValueError, match=f"^convolve: {re.escape(says)}$"):
         sigpy.convolve(np.ones(shape), np.ones(filt_shape), **settings)
 
 
