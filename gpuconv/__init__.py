@@ -55,22 +55,26 @@ With N = 0, C_out = 0 or C_in = 0 the result has the right shape; an empty sum i
 
 ## Arithmetic
 
-Which arithmetic a layer gets on a GPU follows from its channels, taps and dtype and from the architecture alone:
+Which arithmetic a layer gets on a GPU follows from its channels, taps and dtype and from the architecture alone, and
+`gpuconv.explain` shows it. Tensor cores compute layers of at least
 
-- float16 on tensor cores, float16 products and float32 sums: sm_75 and newer; C_in/groups and C_out/groups from 8; or
-  fewer of the first, with K from 8 and at least 32 products a sum; depthwise, K from 64, stride and dilation 1 (TF32:
-  K from 128).
-- bfloat16 likewise: sm_80 and newer.
-- float32 with `precision="tf32"`, operands rounded to TF32 and float32 sums: sm_80 and newer, likewise.
-- float32 as split TF32, every number as two TF32 numbers, three products for one: sm_80 and newer; C_in/groups from 8,
-  C_out/groups from 16, at least 64 products a sum; or fewer of the first, with K from 8 and at least 64 products.
+| data | GPUs | C_out/groups | where C_in/groups is 8 or more | where it is 1 to 7 | depthwise |
+| ---- | ---- | ------------ | ------------------------------ | ------------------ | --------- |
+| float16 | sm_75 | 8 | | 8 taps, 32 products a sum | 64 taps |
+| bfloat16 | sm_80 | 8 | | 8 taps, 32 products a sum | 64 taps |
+| float32, `precision="tf32"` | sm_80 | 8 | | 8 taps, 32 products a sum | 128 taps |
+| float32 | sm_80 | 16 | 64 products a sum | 8 taps, 64 products a sum | never |
 
-For the transposed operation with dilation 1 the second number counts C_out/groups times stride, with C_out/groups
-above 4, or C_out/groups times K from 64; where the first is fewer than 8, its stride must be 1. Weight gradients follow
-the same rules; theirs are sums over samples and positions, and the second number is that of the input channels of a
-transposed operation. Where the first is fewer than 8 they need K from 8, and in float32 at least 32 products of it and
-K; where it is 8 or more, 5 of the second are enough except in float32. Very short samples stay on CUDA cores where
-tensor cores could miss the bound.
+where a sum has C_in/groups times K products, and depthwise layers have stride and dilation 1. They multiply in the
+format of the data and add in float32. TF32 rounds operands to 11 significant bits. float32 is computed by split TF32:
+every number becomes two TF32 numbers, and three products take the place of one.
+
+In the transposed operation with dilation 1, C_out/groups times stride counts in place of C_out/groups, if C_out/groups
+is above 4 or C_out/groups times K is at least 64, and a sum has C_in/groups times K/stride products; where C_in/groups
+is below 8, its stride must be 1. Weight gradients follow the same rules, but their sums are over samples and positions;
+in those of the transposed operation C_in and C_out change places. Where C_in/groups is 8 or more, 5 output channels a
+group are enough for them except in float32; where it is less, they need 8 taps, and in float32 also C_in/groups times K
+from 32. Very short samples stay on CUDA cores where tensor cores could miss the bound.
 
 Up to 8 output channels a group run on tensor cores where the stride is 1, C_in/groups is from 48 to 4095, C_out/groups
 times K from 48 (in the transposed operation with dilation from 8), and dilation times (K - 1) at most 128; as split

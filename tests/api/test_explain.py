@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -559,3 +560,40 @@ def test_an_algorithm_is_explained() -> None:
     assert found.choice.family == "conv_transpose1d_phases"
     with pytest.raises(ValueError, match=r"^explain: algorithm must be None or one of base, weight_gradient_mma, "):
         explain("conv1d", x, w, device="sm_90", direction="grad_weight", algorithm="conv1d_direct")
+
+
+def test_the_table_of_layers_on_tensor_cores_is_right() -> None:
+    """At every limit of the table in `help(gpuconv)`: the layer at the limit is on tensor cores, one below is not."""
+    on_tensor_cores = {family.name for family in FAMILIES if not family.canonical_order}
+    row = r"^\| (\w+)(, `precision=\"tf32\"`)? \| (sm_\d+) \| (\d+) \| (.*?) ?\| (\d+) taps, (\d+) .*? \| (.*) \|$"
+    rows = re.findall(row, gpuconv.__doc__ or "", re.MULTILINE)
+    assert [found[0] for found in rows] == ["float16", "bfloat16", "float32", "float32"]
+    archs = [*ARCHITECTURES]
+    for dtype, tf32, first, C_out, dense, taps, products, depthwise in rows:
+
+        def runs(
+            C_in: int, C_out: int, K: int, groups: int = 1, arch: str = first, dtype: str = dtype, tf32: str = tf32
+        ) -> bool:
+            x, w = spec(4, C_in, 3000, dtype=dtype), spec(C_out, C_in // groups, K, dtype=dtype)
+            precision = "tf32" if tf32 else "float32"
+            found = explain("conv1d", x, w, groups=groups, precision=precision, device=arch)
+            assert found.choice is not None
+            return found.choice.family in on_tensor_cores
+
+        rows_from, terms, K = int(C_out), int(products), int(taps)
+        assert all(runs(40, rows_from, 9, arch=arch) for arch in archs[archs.index(first) :])
+        assert not any(runs(40, rows_from, 9, arch=arch) for arch in archs[: archs.index(first)])
+        assert not runs(40, rows_from - 1, 9)
+        needed = int(dense.split()[0]) // 8 if dense else 1
+        assert runs(8, 64, needed)
+        assert not dense or not runs(8, 64, needed - 1)
+        assert not runs(7, 64, K - 1)
+        assert runs(7, 64, max(K, -(-terms // 7)))
+        assert runs(1, 64, terms)
+        assert not runs(1, 64, terms - 1)
+        if depthwise == "never":
+            assert not runs(16, 16, 1000, groups=16)
+        else:
+            needed = int(depthwise.removesuffix(" taps"))
+            assert runs(16, 16, needed, groups=16)
+            assert not runs(16, 16, needed - 1, groups=16)
