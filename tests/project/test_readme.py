@@ -141,6 +141,20 @@ class Cudnn:
             gW[..., k] = np.einsum("nohl,nihl->oih", gy[..., at_y], x[..., at_x])
 
 
+def causal_conv1d_update(x: Any, conv_state: Any, weight: Any, bias: Any, activation: str | None = None) -> Any:
+    """As causal-conv1d defines it, for (N, C, L) arrays: `conv_state` holds the samples before x, and then the last."""
+    K, L = weight.shape[-1], x.shape[-1]
+    samples = np.concatenate((conv_state, x), axis=-1)
+    conv_state[...] = samples[..., L:]
+    first = samples.shape[-1] - L - K + 1
+    y = sum(weight[:, k, None] * samples[..., first + k : first + k + L] for k in range(K)) + bias[:, None]
+    return y / (1 + np.exp(-y)) if activation == "silu" else y
+
+
+def causal_conv1d_fn(x: Any, weight: Any, bias: Any, activation: str | None = None) -> Any:
+    return causal_conv1d_update(x, np.zeros((*x.shape[:2], weight.shape[-1])), weight, bias, activation)
+
+
 def rows(heading: str) -> list[tuple[str, str]]:
     """Their calls and ours in the table of a section."""
     section = README.partition(f"\n### {heading}\n")[2].partition("\n##")[0]
@@ -156,12 +170,14 @@ def arrays(heading: str) -> dict[str, Any]:
         },
         "scipy.signal": {"x": (400,), "h": (17,), "zi": (16,)},
         "sigpy": {"d": (9, 8), "f": (3, 3), "y": (11, 10)},
+        "causal-conv1d": {"x": (2, 6, 30), "w": (6, 4), "b": (6,), "state": (2, 6, 4)},
         "cupy.cudnn": {
             "x": (2, 6, 30), "w": (4, 6, 7), "b": (4,), "v": (6, 4, 7), "y": (2, 4, 15), "z": (2, 4, 59),
             "dw": (4, 6, 7),
         },
     }  # fmt: skip
-    return {name: rng.standard_normal(shape) for name, shape in shapes[heading].items()}
+    made = {name: rng.standard_normal(shape) for name, shape in shapes[heading].items()}
+    return {name: np.zeros_like(array) if name == "state" else array for name, array in made.items()}
 
 
 def values(result: Any) -> list[Any]:
@@ -169,7 +185,7 @@ def values(result: Any) -> list[Any]:
     return [np.asarray(part) for part in (result if isinstance(result, tuple) else (result,))]
 
 
-TABLES = ("torch.nn.functional", "scipy.signal", "sigpy", "cupy.cudnn")
+TABLES = ("torch.nn.functional", "scipy.signal", "sigpy", "causal-conv1d", "cupy.cudnn")
 
 
 @pytest.mark.parametrize("heading", TABLES)
@@ -192,6 +208,8 @@ def test_both_sides_of_the_tables_agree(heading: str) -> None:
         library = {"signal": pytest.importorskip("scipy.signal")}
     elif heading == "sigpy":
         library = {"sigpy": pytest.importorskip("sigpy", reason=NO_SIGPY)}
+    elif heading == "causal-conv1d":
+        library = {"causal_conv1d_fn": causal_conv1d_fn, "causal_conv1d_update": causal_conv1d_update}
     else:
         library, convert = {"cudnn": Cudnn()}, lambda array: array[:, :, None] if array.ndim == 3 else array
     for theirs, ours in rows(heading):
