@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     versions["python"] = f"{versions['python']} on {facts['platform']}"
     if versions["cuda_driver"] is not None:
         versions["cuda_driver"] = f"supports CUDA {versions['cuda_driver']}"
-    rows = [(_LABELS.get(name, name), value or "not available") for name, value in versions.items()]
+    shown = {name: value for name, value in versions.items() if value is not None or name not in _PACKAGES}
+    rows = [(_LABELS.get(name, name), value or "not available") for name, value in shown.items()]
     width = terminal_width()
     for gpu in facts["devices"]:
         text = f"{gpu['name']} (sm_{gpu['arch']}), {gpu['num_sms']} multiprocessors, {gpu['l2_bytes'] >> 20} MiB L2"
