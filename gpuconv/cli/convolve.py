@@ -118,6 +118,8 @@ def _convolve(args: argparse.Namespace, opened: ExitStack) -> _Result:
     except (ValueError, TypeError) as error:
         dtypes = {array.dtype for array in (x, weight, bias) if array is not None}
         hint = "; give --dtype to convert" if isinstance(error, TypeError) and len(dtypes) > 1 else ""
+        if isinstance(error, ValueError) and "weight" in str(error) and weight.shape[-1:] == (weight.size,):
+            hint = "; a WEIGHT (K,) without --groups filters each channel"
         raise CommandError(f"{error}{hint}") from error
     dtype = problem.dtype_of(problem.result)
     to_stdout = args.output == files.STANDARD

@@ -188,6 +188,26 @@ def test_taps_filter_each_channel_by_itself(op: str, pieces: str) -> None:
         np.testing.assert_allclose(np.load("y.npy"), expected, rtol=0, atol=1e-5)
 
 
+def test_one_filter_in_another_shape_is_told_what_filters_each_channel(capsys: pytest.CaptureFixture[str]) -> None:
+    save("x.npy", normal(2, 300))
+    save("scalar.npy", np.float32(1))
+    hint = "; a WEIGHT (K,) without --groups filters each channel"
+    for shape, options, is_hint in (
+        ((1, 1, 9), [], True),
+        ((1, 9), [], True),
+        ((9,), ["--groups", "2"], True),
+        ((2, 1, 9), [], False),
+        ((1, 1, 9), ["--padding", "some"], False),
+        ((1, 1, 999), ["--groups", "2"], False),
+    ):
+        save("w.npy", normal(*shape))
+        assert refusal(capsys, "conv1d", "x.npy", "w.npy", "y.npy", *options).endswith(hint) is is_hint, (
+            shape,
+            options,
+        )
+    assert not refusal(capsys, "conv1d", "x.npy", "scalar.npy", "y.npy").endswith(hint)
+
+
 @pytest.mark.parametrize("pieces", ["", "--max-bytes 2kB"])
 def test_an_array_with_one_axis_is_one_channel(pieces: str) -> None:
     x, taps, w = save("x.npy", normal(300)), save("taps.npy", normal(9)), save("w.npy", normal(4, 1, 9))
