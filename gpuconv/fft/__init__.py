@@ -5,14 +5,15 @@ frequency a product of matrices over the channels of a group, and the results of
 convolution leaves whole (overlap-save, for all operations: each result comes from one block, and none are added up). A
 weight gradient adds the products of the spectra of all blocks, and transforms back their sum.
 
-Everything here runs on NumPy's and on CuPy's arrays, but for the transforms, which are cuFFT's through cupy.fft, or
-SciPy's, or without SciPy NumPy's. On a GPU gpuconv's own kernels multiply the matrices, and all transforms have one
-shape, which follows from the layer alone: the bits of a result depend on the samples of its block, and no others.
+The same code runs on NumPy and CuPy arrays, except for the transforms: CuPy arrays are transformed by cuFFT, through
+cupy.fft, and NumPy arrays by SciPy, or by NumPy if SciPy is not installed. On a GPU gpuconv's own kernels multiply the
+matrices, and all transforms have the same shape, which follows from the layer alone: so the bits of a result depend
+only on the samples of its block.
 
-Blocks are computed some at a time, so that the memory for them follows from the layer, and not from N or L.
+Blocks are computed in batches, so that the memory for them follows from the layer, and not from N or L.
 
-Errors are bounded by norms (`gpuconv.reference.Sums.error_bound`): a result that is small beside the others of its
-block has a large relative error, and a NaN or an infinity spoils all results of its block.
+Errors are bounded by norms (`gpuconv.reference.Sums.error_bound`): a result that is much smaller than others in its
+block has a large relative error, and a NaN or an infinity makes all results of its block wrong.
 
 Source: T. G. Stockham, High-speed convolution and correlation, AFIPS 1966.
 """

@@ -13,7 +13,7 @@ from .plan import Plan
 
 
 def refusal(problem: Problem) -> str | None:
-    """Why the FFT does not take a problem; None where it does."""
+    """Why the FFT cannot compute a problem; None if it can."""
     if not isinstance(problem, ConvProblem | WeightGradientProblem):
         return "takes convolutions and the gradients of their inputs and weights"
     if problem.dtype in INTEGERS:

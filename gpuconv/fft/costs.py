@@ -1,4 +1,4 @@
-"""What a layer costs through the FFT and by direct sums, predicted."""
+"""The predicted costs of a layer through the FFT and by direct sums."""
 
 from __future__ import annotations
 
@@ -16,27 +16,26 @@ from .plan import FftProblem, Plan, channels_of, work_dtype
 
 
 class Costs(NamedTuple):
-    """What one sample of a layer costs that is as long as so many blocks, predicted, in microseconds.
-
-    On a CPU of one core.
-    """
+    """The predicted times in microseconds of one sample that is as long as `blocks` blocks; on a CPU, on one core."""
 
     direct_us: float
     fft_us: float
     blocks: int
 
 
-# Nanoseconds on one core, of float32; wider numbers cost as many times more. Measured as those of `gpuconv.cpu.costs`.
-# A transform, for a sample and a binary digit of the block length, and how much more it costs where a block is larger
-# than the caches; a copy of a sample, and of taps, which are conjugated and ordered anew; for a frequency the product
-# of two spectra, an element of a matrix in another order, and what a product of matrices costs beside its operations.
-_TRANSFORM_NS, _CACHE_BYTES, _BEYOND_CACHES = 0.13, 2**20, 2.5
-_COPY_NS, _TAPS_NS = 0.6, 3.0
-_PRODUCT_NS, _REORDER_NS, _MATRIX_NS = 0.4, 1.0, 200.0
+# Nanoseconds on one core for float32, measured as those of `gpuconv.cpu.costs`; a number of twice the size costs twice.
+_TRANSFORM_NS = 0.13  # for each sample and each binary digit of the block length
+_CACHE_BYTES, _BEYOND_CACHES = 2**20, 2.5  # a transform of a block larger than this takes so many times as long
+_COPY_NS = 0.6  # for a sample
+_TAPS_NS = 3.0  # for a tap, which is conjugated and copied to another place
+_PRODUCT_NS = 0.4  # for the product of two spectra at one frequency
+_REORDER_NS = 1.0  # for an element of a matrix that is copied to another place
+_MATRIX_NS = 200.0  # for a product of matrices, besides its operations
 
-# Multiply-adds of CUDA cores that kernels reach, where no cost model of theirs says it, and those on small matrices of
-# complex numbers, as parts of the peak; and launches of a batch beside its products. Assumptions.
-_DIRECT_SHARE, _PRODUCT_SHARE, _LAUNCHES = 0.5, 0.4, 12
+# Assumptions for GPUs.
+_DIRECT_SHARE = 0.5  # of the peak of the CUDA cores, for kernels that have no cost model
+_PRODUCT_SHARE = 0.4  # of that peak, for products of small matrices of complex numbers
+_LAUNCHES = 12  # for a batch, besides those of its products
 
 # Samples that one cuFFT kernel transforms in shared memory; longer blocks pass through memory again (an assumption).
 _ONE_PASS = 2**13
@@ -44,9 +43,10 @@ _ONE_PASS = 2**13
 
 @lru_cache(maxsize=4096)
 def costs(problem: FftProblem, device: Device | None) -> Costs:
-    """Both ways of computing a layer, on a GPU or for None on the CPU, by the cost models of either.
+    """The costs of both ways to compute a layer, on a GPU or, for None, on the CPU.
 
-    They follow from the layer alone, whatever N and L of the problem are: the taps are transformed once for the batch.
+    They follow from the layer alone, not from N and L: they are those of one batch of blocks, for which the taps are
+    transformed once.
     """
     one = _one_batch(problem, Plan.of(problem, on_gpu=device is not None))
     plan = Plan.of(one, on_gpu=device is not None)
@@ -56,10 +56,10 @@ def costs(problem: FftProblem, device: Device | None) -> Costs:
 
 
 def _one_batch(p: FftProblem, plan: Plan) -> FftProblem:
-    """A layer with a single sample of the length of a batch of blocks, without padding."""
+    """The layer with a single sample as long as a batch of blocks, without padding."""
     common = math.gcd(p.stride, p.dilation)
     stride, dilation, rows = p.stride, p.dilation, p.dilation // common
-    if rows > plan.batch or p.stride // common > p.K:  # rows are as samples without dilation, phases have one tap
+    if rows > plan.batch or p.stride // common > p.K:  # then a row is like a sample without dilation
         stride, dilation, rows = min(p.stride // common, p.K), 1, 1
     length = rows * (plan.batch // rows) * plan.overlap.new
     window = (length - 1) * stride + (p.K - 1) * dilation + 1
@@ -69,7 +69,7 @@ def _one_batch(p: FftProblem, plan: Plan) -> FftProblem:
     if isinstance(p, WeightGradientProblem):
         return replace(p, L_coarse=length, L_fine=window, **plain)
     plain.update(padding_right=0, output_padding=0, batched=True, has_bias=False)
-    # Of the transposed operation rows are longer by all taps but one.
+    # Rows of the transposed operation are longer by the taps less one.
     return replace(p, L_in=max(1, length - rows * (plan.overlap.taps - 1)) if p.transposed else window, **plain)
 
 

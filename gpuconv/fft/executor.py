@@ -1,4 +1,4 @@
-"""Computes a plan: the same lines for NumPy's and CuPy's arrays."""
+"""Computes a plan, by the same code for NumPy and CuPy arrays."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .plan import Plan, channels_of, spectral_dtype, work_dtype
 
 
 def transforms(xp: ModuleType) -> Any:
-    """What has the functions fft, ifft, rfft and irfft of the arrays of NumPy or CuPy.
+    """The module with the functions fft, ifft, rfft and irfft for NumPy or CuPy arrays.
 
     Raises:
-        ImportError: of CuPy's arrays, where cuFFT cannot be loaded.
+        ImportError: cuFFT, which CuPy arrays need, cannot be loaded.
     """
     if xp is not np:
         return runtime.fft_module()
@@ -41,7 +41,7 @@ def _of_numpy() -> Any:
 
 
 class Executor:
-    """What computes a problem that is not empty by its plan, in the place of `runtime.Executor`."""
+    """Computes a problem by its plan, as `runtime.Executor` does for direct sums; the problem is not empty."""
 
     __slots__ = ("_conjugate_weight", "_plan")
 
@@ -75,7 +75,7 @@ class Executor:
 
 
 class _Work:
-    """What every step of a plan needs: the library of the arrays, its transforms and the dtypes."""
+    """The base class of both kinds of work: the library of the arrays, its transforms and the dtypes."""
 
     def __init__(self, plan: Plan, xp: ModuleType) -> None:
         self.plan, self.overlap, self.xp, self._library = plan, plan.overlap, xp, transforms(xp)
@@ -111,7 +111,7 @@ class _Work:
         """The products of matrices (groups, frequencies, M, depth) and (groups, frequencies, depth, columns)."""
         if not self.plan.on_gpu:
             return np.matmul(left, right)
-        # As a convolution with a group for each of them, and one tap: bits do not depend on the number of columns.
+        # A convolution with one tap and a group for each product: its bits do not depend on the number of columns.
         p = _product_problem(left.shape, right.shape[-1], str(left.dtype))
         y = self.xp.empty((*left.shape[:3], right.shape[-1]), left.dtype)
         packed = left if isinstance(left, _Packed) else None
@@ -122,7 +122,7 @@ class _Work:
 
 
 class _Packed(NamedTuple):
-    """Matrices that a prepared weight keeps in the order in which the kernel of their products reads them."""
+    """Matrices that a prepared weight keeps, in the order in which the kernel that multiplies them reads them."""
 
     shape: tuple[int, int, int, int]
     dtype: np.dtype[Any]
@@ -147,9 +147,9 @@ def products(plan: Plan, device: Device) -> list[dispatch.Choice | None]:
 
 
 def kept_bytes(plan: Plan, device: Device | None) -> int:
-    """The memory that a prepared weight keeps for a plan on a GPU, or for None on the CPU.
+    """The memory in bytes that a prepared weight keeps for a plan on a GPU or, for None, on the CPU.
 
-    These are the spectra, or in their place what the kernels of the products make of them.
+    It holds the spectra, or their packed form if the kernels of the products pack them.
     """
     if device is None or not plan.by_matrices:
         return plan.spectra_bytes
@@ -189,10 +189,10 @@ class _Convolution(_Work):
     """A forward or transposed convolution, or the gradient of an input.
 
     Args:
-        plan: of it.
-        weight: as the problem has it.
-        conjugate: whether to take the conjugates of the weights.
-        prepared: keeps the spectra, if the caller has it.
+        plan: that of the problem.
+        weight: that of the problem.
+        conjugate: whether the weight is conjugated first.
+        prepared: the prepared weight that keeps the spectra, if the caller has one.
         xp: NumPy or CuPy.
     """
 
@@ -268,7 +268,7 @@ class _Convolution(_Work):
             o.store(self._results(x[samples], taps, bias, rows, blocks, number), y[samples], rows, blocks, xp)
 
     def _results(self, x: Any, taps: Any, bias: Any | None, rows: slice, blocks: slice, groups: int) -> Any:
-        """Those of a batch, in a function of its own: its arrays are gone before those of the next are made."""
+        """The results of a batch. This is a function, so that its arrays are freed before those of the next batch."""
         o = self.overlap
         windows = o.windows(x, rows, blocks, self.dtype, self.xp)
         several = windows.shape[:3]
@@ -288,7 +288,7 @@ class _Convolution(_Work):
         return result
 
     def _fold(self, padded: Any, output: Any) -> None:
-        """Add the results in the padding to those that it means, and round them."""
+        """Add the results in the padding to the results that the padding stands for, and round the sums."""
         p = self.plan.given
         assert isinstance(p, ConvProblem)
         left, right, L = p.padding_left, p.padding_right, p.L_out
@@ -297,7 +297,7 @@ class _Convolution(_Work):
             values = padded[..., left + first : left + stop]
             if p.padding_mode == "replicate" and first < stop:
                 sums[..., 0 if first < 0 else L - 1] += values.sum(axis=-1)
-            elif first < stop:  # no sample is meant twice
+            elif first < stop:  # each stands for a different sample
                 sums[..., self.xp.asarray(source_indices(p.padding_mode, first, stop, L))] += values
         output[...] = sums
 
@@ -337,7 +337,7 @@ class _WeightGradient(_Work):
         return sums.transpose(0, 2, 3, 1) if plan.by_matrices else sums
 
     def _add(self, coarse: Any, fine: Any, rows: slice, blocks: slice, groups: int, sums: Any) -> None:
-        """The products of a batch, in a function of its own: its arrays are gone before those of the next are made."""
+        """Add the products of a batch. This is a function, so that its arrays are freed before the next batch."""
         o, xp = self.overlap, self.xp
         left = self.spectra_of(o.pieces(coarse, rows, blocks, self.dtype, xp), groups)
         xp.conjugate(left, out=left)

@@ -1,4 +1,4 @@
-"""How a problem is cut into what is computed at a time, and what memory that takes."""
+"""How a problem is cut into parts that are computed one after another, and how much memory that takes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..problem import ConvProblem, WeightGradientProblem
 
 FftProblem: TypeAlias = ConvProblem | WeightGradientProblem
 
-# Bytes of the samples of a batch of blocks, and of the spectra of taps that are held at a time: the former stay in the
-# caches. One block, and the spectra of one output channel, may be larger; they are taken by themselves.
+# The most bytes of the samples in a batch of blocks, which then stay in the caches, and of the spectra of taps that are
+# in memory at once. If one block or the spectra of one output channel have more, they are computed alone.
 BATCH_BYTES = {"cpu": 2**20, "gpu": 2**24}
 SPECTRA_BYTES = {"cpu": 2**26, "gpu": 2**29}
 
-# Fewer products of two spectra than these are computed one after the other: NumPy's products of small matrices cost
-# some 200 ns each, and there is one for each frequency.
+# Up to this many products of two spectra are computed one by one. As matrices there would be a product for each
+# frequency, and each of NumPy's products of small matrices takes some 200 ns.
 SMALL_PRODUCT = 64
 
 
@@ -31,12 +31,14 @@ class Plan:
 
     Attributes:
         given: the problem.
-        problem: that whose blocks are computed: where the padding of the given one means samples of its output, the one
-            whose output is longer by the padding, and what lies in that is added to those samples.
-        overlap: its blocks.
-        groups: that are computed at a time.
-        channels: output channels of each of them that are computed at a time; of a weight gradient those of `coarse`.
-        batch: blocks that are computed at a time.
+        problem: the problem whose blocks are computed. It differs from `given` if that is a transposed convolution
+            whose padding stands for samples of its output: then its output has the padding, too, and the results there
+            are added to those samples.
+        overlap: the blocks of `problem`.
+        groups: how many groups are computed at once.
+        channels: how many output channels of each of these groups are computed at once; for a weight gradient those
+            of `coarse`.
+        batch: how many blocks are computed at once.
         on_gpu: whether the arrays are CuPy's.
     """
 
@@ -68,12 +70,12 @@ class Plan:
 
     @property
     def read(self) -> int:
-        """Channels of the input of a group, times their phases."""
+        """The number of input channels of a group times the phases."""
         return channels_of(self.problem)[0] * self.overlap.phases_in
 
     @property
     def written(self) -> int:
-        """Output channels of a group that are computed at a time, times their phases."""
+        """The number of output channels of a group that are computed at once, times the phases."""
         return self.channels * self.overlap.phases_out
 
     @property
@@ -103,9 +105,10 @@ class Plan:
 
     @property
     def workspace_bytes(self) -> int:
-        """A bound on the memory beside the arrays of the call.
+        """A bound on the memory besides the arrays of the call, in bytes.
 
-        It follows from the layer, but for one more output where what lies in its padding is added to it.
+        It follows from the layer alone, except where results in the padding are added to others: this takes a second
+        output.
         """
         size = work_dtype(self.problem.dtype).itemsize
         spectrum, block = self.frequencies * spectral_dtype(self.problem.dtype).itemsize, self.overlap.block * size
@@ -125,13 +128,13 @@ class Plan:
 
     @property
     def spectra_bytes(self) -> int:
-        """What a prepared weight keeps for it."""
+        """The bytes of the spectra of all taps."""
         p = self.problem
         spectrum = self.frequencies * spectral_dtype(p.dtype).itemsize
         return p.groups * self.read * channels_of(p)[1] * self.overlap.phases_out * spectrum
 
     def chunks(self) -> Iterator[tuple[slice, slice]]:
-        """Groups and output channels of each of them that are computed at a time."""
+        """The groups and the output channels of each of these groups that are computed at once, one pair a step."""
         for first in range(0, self.problem.groups, self.groups):
             groups = slice(first, min(first + self.groups, self.problem.groups))
             for channel in range(0, channels_of(self.problem)[1], self.channels):
@@ -145,7 +148,7 @@ class Plan:
         return (self.problem.N, o.blocks, o.rows), (self.batch // (rows * blocks), blocks, rows)
 
     def batches(self) -> Iterator[tuple[slice, slice, slice]]:
-        """Samples, rows and blocks that are computed at a time: `batch` blocks in all, or fewer."""
+        """The samples, rows and blocks that are computed at once, in each batch of at most `batch` blocks."""
         totals, steps = self._steps()
         for n in range(0, totals[0], steps[0]):
             for b in range(0, totals[1], steps[1]):
@@ -156,15 +159,15 @@ class Plan:
 
 
 def channels_of(p: FftProblem) -> tuple[int, int]:
-    """Those of a group that are read in blocks, and those of the result; of a weight gradient fine and coarse."""
+    """Channels of a group that are read in blocks, and those of the result (fine and coarse for a weight gradient)."""
     return (p.C_in_g, p.C_out_g) if isinstance(p, ConvProblem) else (p.C_fine_g, p.C_coarse_g)
 
 
 def work_dtype(dtype: str) -> np.dtype[Any]:
-    """The dtype in which data of a dtype are transformed, and results are before they are rounded."""
+    """The dtype in which data of a dtype are transformed; results have it until they are rounded."""
     return np.dtype(dtype if FORMATS[dtype].is_complex else FORMATS[dtype].accumulator)
 
 
 def spectral_dtype(dtype: str) -> np.dtype[Any]:
-    """The dtype of their spectra."""
+    """The dtype of the spectra of data of a dtype."""
     return np.result_type(work_dtype(dtype), np.complex64)
