@@ -169,13 +169,13 @@ class Report:
 
     @property
     def family_runs(self) -> dict[str, int]:
-        """For each of `families`, the number of cases that were run with it by name."""
+        """The number of cases that were run with each kernel family by name."""
         found = Counter(result.family for result in self.results if result.check == BY_FAMILY)
         return {name: found[name] for name in self.families}
 
     @property
     def unreached(self) -> tuple[str, ...]:
-        """Those of `families` that were run with no case."""
+        """The kernel families that no case was run with."""
         return tuple(name for name, runs in self.family_runs.items() if not runs)
 
     @property

@@ -45,7 +45,7 @@ class Target:
         return None
 
     def lacks_fft(self) -> str | None:
-        """That cuFFT is not installed; None where it is, whether it works or not."""
+        """Why the FFT cannot run here: cuFFT is not installed. None if it is, whether it works or not."""
         if self.on_gpu:
             try:
                 runtime.fft_module()

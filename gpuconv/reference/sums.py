@@ -330,7 +330,7 @@ class Sums:
 
     @property
     def _formats(self) -> tuple[Format, Format]:
-        """Those of the result's real part and of the accumulator."""
+        """The formats of the result's real part and of the accumulator."""
         found = FORMATS[self.dtype]
         return found, FORMATS[found.accumulator]
 

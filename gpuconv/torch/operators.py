@@ -537,7 +537,7 @@ def _register_fused(op: Op) -> Callable[..., Tensor]:
             return cast(Tensor, operator.redispatch(keys & torch._C._after_autograd_keyset, *given))
 
     def batch(info: Any, dims: tuple[Any, ...], *given: Any) -> Any:
-        """As `forward_batch` of the operator that fuses nothing."""
+        """The rule for torch.func.vmap, as `forward_batch` is for the operator that fuses nothing."""
         B, settings = info.batch_size, given[number:]
 
         def each(convert: Callable[..., Tensor], first: int, last: int) -> list[Tensor | None]:
