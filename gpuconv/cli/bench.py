@@ -108,7 +108,9 @@ def _page(facts: dict[str, Any], found: list[Comparison]) -> str:
             lines += wrap(f"PyTorch  {comparison.note}", width, first="  ", rest="  ")
         else:
             ratio = theirs.median / ours.median
-            lines += wrap(f"PyTorch  {_time(theirs)}  {ratio:.2f} times as long", width, first="  ", rest="  ")
+            digits = 2 if ratio < 10 else 1 if ratio < 100 else 0
+            text = f"PyTorch  {_time(theirs)}  {ratio:.{digits}f} times as long"
+            lines += wrap(text, width, first="  ", rest="  ")
     return "\n".join(lines)
 
 

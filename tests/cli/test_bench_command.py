@@ -200,6 +200,13 @@ def test_a_layer_is_measured_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.theirs is not None
 
 
+@pytest.mark.parametrize(("ratio", "text"), [(0.5, "0.50"), (1.814, "1.81"), (34.52, "34.5"), (1674.46, "1674")])
+def test_a_ratio_has_three_digits(ratio: float, text: str) -> None:
+    facts = {"device": {"name": "CPU"}, "versions": {"pytorch": "2.13.0"}, "processors": 1, "turns": 1}
+    found = measure.Comparison(LAYERS[0], "small", Timing(1e-3, 0.0), Timing(ratio * 1e-3, 0.0), 0.0)
+    assert bench._page(facts, [found]).endswith(f"  {text} times as long")
+
+
 def test_one_processor_and_one_turn_are_singular() -> None:
     facts = {"device": {"name": "CPU"}, "versions": {"pytorch": None}, "processors": 1, "turns": 1}
     assert bench._page(facts, []) == f"On the CPU, 1 processor; gpuconv {gpuconv.__version__}; medians of 1 turn."
