@@ -35,6 +35,16 @@ __device__ __forceinline__ Slice find_slice(index_t slice, const P& p) {
     return s;
 }
 
+#ifdef LENGTHS
+// The lengths of coarse (L_out) and fine (L_in) in a sample, and its padding. Where is_exchanged, the table speaks of the other
+// sides: see gpuconv/families/weight_gradient_sides.py.
+template <typename P>
+__device__ __forceinline__ SampleExtents extents_of_sides(const SampleExtents& row, const P& p) {
+    if (!p.is_exchanged) return row;
+    return SampleExtents{row.L_out, row.L_in, (p.K - 1) * p.dilation - row.padding_left};
+}
+#endif
+
 // a * conj(b) + acc.
 __device__ __forceinline__ float multiply_add_conjugate(float a, float b, float acc) { return fma_rn(a, b, acc); }
 __device__ __forceinline__ double multiply_add_conjugate(double a, double b, double acc) { return fma_rn(a, b, acc); }
@@ -78,9 +88,10 @@ __device__ __forceinline__ acc_t canonical_slice_sum(
         const storage_t* const a = coarse + n * p.coarse_stride_n;
         const storage_t* const b = fine + n * p.fine_stride_n;
 #ifdef LENGTHS
-        offset = k * p.dilation - index_t(samples[n].padding_left);
-        L_fine = index_t(samples[n].L_in);
-        existing = existing_range(offset, p.stride, index_t(samples[n].L_out), L_fine);
+        const SampleExtents of_sides = extents_of_sides(samples[n], p);
+        offset = k * p.dilation - index_t(of_sides.padding_left);
+        L_fine = index_t(of_sides.L_in);
+        existing = existing_range(offset, p.stride, index_t(of_sides.L_out), L_fine);
         l_begin = max_index(s.l_begin, existing.begin);
         l_end = min_index(s.l_end, existing.end);
 #endif

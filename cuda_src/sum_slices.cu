@@ -16,6 +16,7 @@ struct Params {
     index_t slices, ways;
     index_t extent_1, extent_2;
     index_t is_conjugated;
+    index_t result_offset;  // of element [0, 0, 0]
     index_t result_stride_0, result_stride_1, result_stride_2;
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/slices.py");
@@ -45,6 +46,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 4) sum_slices(
     if (!exists) return;
     const index_t row = i / p.extent_2, i2 = i - row * p.extent_2;
     const index_t i0 = row / p.extent_1, i1 = row - i0 * p.extent_1;
+    result += p.result_offset;
     result[i0 * p.result_stride_0 + i1 * p.result_stride_1 + i2 * p.result_stride_2] =
         finish_gradient(sum, p.is_conjugated);
 }

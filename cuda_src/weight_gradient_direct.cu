@@ -23,6 +23,7 @@ struct Params {
     index_t coarse_stride_n, coarse_stride_c, coarse_stride_l;
     index_t fine_stride_n, fine_stride_c, fine_stride_l;
     index_t weight_stride_r, weight_stride_c, weight_stride_k;
+    static constexpr bool is_exchanged = false;  // for slices.cuh
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/weight_gradient_direct.py");
 

@@ -34,6 +34,8 @@
 // multiples of COARSE_ALIGN and FINE_ALIGN positions, by default the widths, and are aligned to that many. Where it is 1 and
 // the width is 4, elements have 16 bits, the strides of channels are odd, none is negative, and arrays are aligned to 4 bytes
 // (unaligned_runs.cuh).
+// is_exchanged: coarse and fine are those of the problem in the opposite order, and the taps, too, so that the result begins
+// weight_offset elements behind the one that grad_weight points to: see gpuconv/families/weight_gradient_sides.py.
 // Takes other arrays of any strides, in elements. Samples with lengths of their own (samples.cuh) need widths of 1.
 // COARSE_LAST and FINE_LAST = 1 (default 0) are for arrays whose channels are contiguous, in groups of whole units, each unit
 // aligned to 16 bytes: a unit of one position is then 16 bytes of memory. Units of 16-bit elements go to shared memory by
@@ -64,7 +66,8 @@ struct Params {
     index_t window_half, window_pitch;  // from unit to unit of an octet, and from octet to octet
     index_t coarse_stride_n, coarse_stride_c, coarse_stride_l;
     index_t fine_stride_n, fine_stride_c, fine_stride_l;
-    index_t weight_stride_r, weight_stride_c, weight_stride_k;
+    index_t weight_offset, weight_stride_r, weight_stride_c, weight_stride_k;
+    index_t is_exchanged;
     static constexpr bool is_conjugated = false;  // for slices.cuh
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/weight_gradient_mma.py");
@@ -192,7 +195,7 @@ __device__ __forceinline__ void multiply_slice(
     const auto load_coarse = [&](Block<1>& block, int buffer, const UnitTask& task) {
         bool exists = n + task.n < s.n_end && l + task.l < s.l_end;
 #ifdef LENGTHS
-        exists = exists && l + task.l < samples[n + task.n].L_out;
+        exists = exists && l + task.l < extents_of_sides(samples[n + task.n], p).L_out;
 #endif
         stage_unit<kCopiesCoarse>(block, coarse_side.vectors_of(task, buffer), coarse_chunk + task.offset, exists);
     };
@@ -207,7 +210,7 @@ __device__ __forceinline__ void multiply_slice(
         const index_t l_coarse = l + (task.row - (sample << sample_shift)), c = first_row_of_unit(task.unit, tile.rows);
         index_t l_end = n + sample < s.n_end ? s.l_end : 0;
 #ifdef LENGTHS
-        if (l_end > 0) l_end = min_index(l_end, index_t(samples[n + sample].L_out));
+        if (l_end > 0) l_end = min_index(l_end, index_t(extents_of_sides(samples[n + sample], p).L_out));
 #endif
         const UnitChannels channels = {FEW_ROWS ? int(tile.rows) - 1 : kUnit - 1, c + kUnit >= coarse_channels};
         load_run<COARSE_ALIGN>(
@@ -231,8 +234,9 @@ __device__ __forceinline__ void multiply_slice(
         index_t position = of_sample, L_fine = p.L_fine;
 #ifdef LENGTHS
         if (sample_exists) {
-            position += p.padding_left - index_t(samples[n + task.n].padding_left);
-            L_fine = index_t(samples[n + task.n].L_in);
+            const SampleExtents of_sides = extents_of_sides(samples[n + task.n], p);
+            position += p.padding_left - index_t(of_sides.padding_left);
+            L_fine = index_t(of_sides.L_in);
         }
 #endif
         const Source source = source_index(position, L_fine);
@@ -253,8 +257,9 @@ __device__ __forceinline__ void multiply_slice(
         index_t position = l * p.stride + place.l, L_fine = p.L_fine;
 #ifdef LENGTHS
         if (sample_exists) {
-            position += p.padding_left - index_t(samples[n + place.n].padding_left);
-            L_fine = index_t(samples[n + place.n].L_in);
+            const SampleExtents of_sides = extents_of_sides(samples[n + place.n], p);
+            position += p.padding_left - index_t(of_sides.padding_left);
+            L_fine = index_t(of_sides.L_in);
         }
 #endif
 #if TAPS_IN_UNITS
@@ -421,5 +426,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
     SAMPLES_ARGUMENT const Params p) {
     Sums acc;
     multiply_slice(coarse, fine, find_tile(blockIdx.x, p), p, acc SAMPLES_VALUE);
-    store_tile(acc, find_tile(block_index_again(), p), coarse, fine, partial, grad_weight, p SAMPLES_VALUE);
+    store_tile(
+        acc, find_tile(block_index_again(), p), coarse, fine, partial, grad_weight + p.weight_offset, p SAMPLES_VALUE);
 }

@@ -25,10 +25,12 @@ class ArrayLayout:
     Attributes:
         strides: in elements, one per axis.
         alignment: the largest power of two, at most 16, that divides the address of element 0, in bytes.
+        offset: elements from the array's address to element 0; a weight gradient's alone may have one.
     """
 
     strides: tuple[int, ...]
     alignment: int = 16
+    offset: int = 0
 
     @classmethod
     def of(cls, shape: tuple[int, ...], strides: tuple[int, ...], address: int, itemsize: int) -> ArrayLayout | None:

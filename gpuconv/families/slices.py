@@ -140,6 +140,7 @@ def weight_fields(problem: WeightGradientProblem, layout: Layout, slices: Slices
     }
     for name, array, axes in (("coarse", "coarse", "ncl"), ("fine", "fine", "ncl"), ("weight", "grad_weight", "rck")):
         fields.update(zip((f"{name}_stride_{axis}" for axis in axes), layout[array].strides, strict=True))
+    fields["weight_offset"] = layout["grad_weight"].offset
     return fields
 
 
@@ -201,6 +202,7 @@ def sum_launch(
         "extent_1": extents[1],
         "extent_2": extents[2],
         "is_conjugated": int(conjugated),
+        "result_offset": layout[name].offset,
         "result_stride_0": strides[0],
         "result_stride_1": strides[1],
         "result_stride_2": strides[2],

@@ -1,7 +1,8 @@
 """weight_gradient_mma: weight gradients of dense and grouped layers by tensor cores.
 
 Contract: cuda_src/weight_gradient_mma.cu. Which problems it takes, and in which order their sums are formed, follows
-from the problem and the architecture alone; the layout and the GPU decide only how the work is cut into tiles.
+from the problem and the architecture alone; the layout and the GPU decide only how the work is cut into tiles. Without
+a stride the two sides of a problem can be exchanged (weight_gradient_sides.py), so that rows need not be few.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .mma_tiles import BlockTile
 from .offsets import index_bits
 from .slices import Slices, predict_sum, sliced_plan, weight_fields
 from .weight_gradient_costs import GradientLaunch
+from .weight_gradient_sides import cores_us, exchanged, exchanged_layout, exchanged_plan, scattered_us
 from .weight_gradient_window import OCTET, PRODUCT_ROWS, STEP, Columns, Fetch, Window
 
 # With fewer channels of fine its octets are of taps; with fewer of those they are half empty.
@@ -40,6 +42,8 @@ FEW_SPLIT_COLUMNS, MAX_ROWS_OF_FEW_COLUMNS = 16, 64
 _REFERENCE_DEVICES = Device.from_arch("sm_90"), Device.from_arch("sm_80")
 _REFERENCE_TILINGS = 4
 _TOLERATED = 1.02
+# The sides are exchanged where this is predicted to take at most so much of the time on each of them.
+_WORTH_EXCHANGING = 0.95
 
 _LEAST = Fetch.POSITION, Fetch.POSITION  # of arrays that need wide offsets
 
@@ -100,23 +104,13 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         arithmetic = ARITHMETICS.get((p.dtype, p.precision))
         if arithmetic is None or device.arch < arithmetic.min_arch:
             return Refusal("needs float16 (sm_75), bfloat16 or float32 (sm_80)")
-        is_split, columns_of_taps = arithmetic.parts == 2, p.C_fine_g * p.K if p.C_fine_g < MIN_CHANNELS else 0
-        rows = _least_rows(p, is_split)
-        if p.C_coarse_g < rows:
-            return Refusal(f"needs at least {rows} channels a group on the coarse side")
-        if columns_of_taps and p.K < MIN_TAPS:
-            return Refusal(f"needs at least {MIN_CHANNELS} channels a group on the fine side, or {MIN_TAPS} taps")
-        if is_split and 0 < columns_of_taps <= FEW_SPLIT_COLUMNS and p.C_coarse_g > MAX_ROWS_OF_FEW_COLUMNS:
-            return Refusal(
-                f"needs at least {MIN_CHANNELS} channels a group on the fine side, C_fine/groups * K > "
-                f"{FEW_SPLIT_COLUMNS}, or at most {MAX_ROWS_OF_FEW_COLUMNS} channels a group on the coarse side, for "
-                "float32 by split TF32"
-            )
-        if is_split and p.terms < MIN_SPLIT_TERMS:
-            return Refusal(f"needs sums of at least {MIN_SPLIT_TERMS} terms for float32 by split TF32")
+        sides = _sides(problem)
+        if isinstance(sides, Refusal):
+            return sides
+        p, is_exchanged = sides, sides != problem
+        if is_exchanged:
+            layout = exchanged_layout(p, layout)
         slices = _slices(p)
-        if not _keeps_bound(p, slices):
-            return Refusal("needs longer samples to keep the error bound")
         bits = _index_bits(p, layout)
         fetches, tap_width = _fetches(p, layout, bits, device), _tap_width(p, layout, bits)
         tilings = _tilings(p, fetches, tap_width, device, bits)
@@ -144,6 +138,7 @@ class WeightGradientMma(Family[WeightGradientProblem]):
                 "window_rows": window.rows,
                 "window_half": half,
                 "window_pitch": pitch,
+                "is_exchanged": int(is_exchanged),
             },
         )
         config = self._config(
@@ -161,18 +156,22 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             (f"{t.tile.block_m}x{t.tile.block_n} of {count(t.taps * (OCTET if t.columns.in_taps else 1), 'tap')}", t.us)
             for t in tilings
         )
-        return sliced_plan(p, layout, slices, config, launch, candidates)
+        plan = sliced_plan(p, layout, slices, config, launch, candidates)
+        return exchanged_plan(plan) if is_exchanged else plan
 
     def work(self, problem: WeightGradientProblem, step: Step) -> Work:
         params, macros = dict(step.launch.params), dict(step.config.macros)
+        # Padding modes in which no window reaches over an edge are planned as zeros.
+        p = exchanged(replace(problem, padding_mode="zeros")) if params["is_exchanged"] else problem
+        assert p is not None
         return GradientLaunch(
-            arithmetic=ARITHMETICS[problem.dtype, problem.precision],
-            slices=_slices(problem),
+            arithmetic=ARITHMETICS[p.dtype, p.precision],
+            slices=_slices(p),
             blocks=step.launch.grid,
             chunk_samples=params["chunk_samples"],
             chunk_positions=1 << params["sample_shift"],
             window_rows=params["window_rows"],
-            columns=Columns.of(problem, in_taps=macros["TAPS_IN_UNITS"] == "1"),
+            columns=Columns.of(p, in_taps=macros["TAPS_IN_UNITS"] == "1"),
             octets=params["block_octets"],
             taps=params["block_taps"],
             fetches=_fetches_of(step.config),
@@ -182,10 +181,11 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             warps_m=int(macros["WARPS_M"]),
             warps_n=int(macros["WARPS_N"]),
             min_blocks=int(macros["MIN_BLOCKS"]),
-        ).work(problem)
+        ).work(p)
 
     def staging(self, step: Step) -> dict[str, str]:
-        return {s: fetch.words for s, fetch in zip(("coarse", "fine"), _fetches_of(step.config), strict=True)}
+        fetches = zip(step.arrays, _fetches_of(step.config), strict=False)
+        return {array: fetch.words for array, fetch in fetches if array is not None}
 
     def configs(self, device: Device) -> Iterator[Config]:
         for (dtype, precision), arithmetic in ARITHMETICS.items():
@@ -266,6 +266,40 @@ class _Tiling(NamedTuple):
     us: float
 
 
+@lru_cache(maxsize=4096)
+def _sides(problem: WeightGradientProblem) -> WeightGradientProblem | Refusal:
+    """The problem, or with its sides exchanged where that is faster; or why it is left to other families."""
+    refusal, other = _refusal(problem), exchanged(problem)
+    if other is None or problem.C_coarse == problem.C_fine or _refusal(other) is not None:
+        return refusal or problem
+    own_us = tuple(cores_us(problem, device) for device in _REFERENCE_DEVICES) if refusal else _cut(problem)[1]
+    is_faster = all(
+        other_us + scattered_us(problem, device) <= _WORTH_EXCHANGING * us
+        for device, us, other_us in zip(_REFERENCE_DEVICES, own_us, _cut(other)[1], strict=True)
+    )
+    return other if is_faster else refusal or problem
+
+
+def _refusal(p: WeightGradientProblem) -> Refusal | None:
+    """Why a problem is left to other families, whatever the GPU."""
+    arithmetic = ARITHMETICS[p.dtype, p.precision]
+    is_split, columns_of_taps = arithmetic.parts == 2, p.C_fine_g * p.K if p.C_fine_g < MIN_CHANNELS else 0
+    rows = _least_rows(p, is_split)
+    if p.C_coarse_g < rows:
+        return Refusal(f"needs at least {rows} channels a group on the coarse side")
+    if columns_of_taps and p.K < MIN_TAPS:
+        return Refusal(f"needs at least {MIN_CHANNELS} channels a group on the fine side, or {MIN_TAPS} taps")
+    if is_split and 0 < columns_of_taps <= FEW_SPLIT_COLUMNS and p.C_coarse_g > MAX_ROWS_OF_FEW_COLUMNS:
+        return Refusal(
+            f"needs at least {MIN_CHANNELS} channels a group on the fine side, C_fine/groups * K > "
+            f"{FEW_SPLIT_COLUMNS}, or at most {MAX_ROWS_OF_FEW_COLUMNS} channels a group on the coarse side, for "
+            "float32 by split TF32"
+        )
+    if is_split and p.terms < MIN_SPLIT_TERMS:
+        return Refusal(f"needs sums of at least {MIN_SPLIT_TERMS} terms for float32 by split TF32")
+    return None if _keeps_bound(p, _slices(p)) else Refusal("needs longer samples to keep the error bound")
+
+
 def _least_rows(p: WeightGradientProblem, is_split: bool) -> int:
     """The fewest channels of coarse in a group with which the family is faster than others."""
     if p.C_fine_g >= MIN_CHANNELS:
@@ -275,9 +309,13 @@ def _least_rows(p: WeightGradientProblem, is_split: bool) -> int:
     return MIN_ROWS_OF_MANY_COLUMNS if p.C_fine_g * p.K >= MANY_COLUMNS else MIN_CHANNELS
 
 
-@lru_cache(maxsize=4096)
 def _slices(problem: WeightGradientProblem) -> Slices:
-    """The cut that the cost model prefers on two GPUs together, whatever the GPU and the layout.
+    return _cut(problem)[0]
+
+
+@lru_cache(maxsize=4096)
+def _cut(problem: WeightGradientProblem) -> tuple[Slices, tuple[float, ...]]:
+    """The cut that the cost model prefers on two GPUs together, whatever the GPU and the layout, and its times there.
 
     None that would be slower on one of them than the cut by rule, or that breaks the error bound if another does not.
     """
@@ -300,7 +338,8 @@ def _slices(problem: WeightGradientProblem) -> Slices:
     by_cut = {cut: times(cut) for cut in cuts}
     limits = [_TOLERATED * us for us in by_cut[cuts[0]]]
     fast = (cut for cut in cuts if all(us <= limit for us, limit in zip(by_cut[cut], limits, strict=True)))
-    return min(fast, key=lambda cut: math.prod(by_cut[cut]))
+    best_cut = min(fast, key=lambda cut: math.prod(by_cut[cut]))
+    return best_cut, tuple(by_cut[best_cut])
 
 
 def _index_bits(p: WeightGradientProblem, layout: Layout) -> int:

@@ -92,9 +92,9 @@ def kernels() -> None:
 @pytest.fixture
 def use_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A function that leaves the family one tile; sums are cut as with all of them."""
-    every, cut = mma.TILES, mma._slices
+    every, cut = mma.TILES, mma._cut
 
-    def cut_with_all(p: WeightGradientProblem) -> Slices:
+    def cut_with_all(p: WeightGradientProblem) -> tuple[Slices, tuple[float, ...]]:
         with patch.object(mma, "TILES", every):
             return cut(p)
 
@@ -104,7 +104,7 @@ def use_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     def use(parts: int, tile: mma.Tile) -> None:
         monkeypatch.setattr(mma, "TILES", {**mma.TILES, parts: (tile,)})
-        monkeypatch.setattr(mma, "_slices", cut_with_all)
+        monkeypatch.setattr(mma, "_cut", cut_with_all)
         forget()
 
     yield use
