@@ -8,8 +8,8 @@
 #include "slices.cuh"
 #include "weight_gradient_tile.cuh"
 
-constexpr int kOutPitch = BLOCK_N + 4;          // of the sums that are to be stored
-constexpr int kOutColumns = BLOCK_N / 32;       // that a lane stores of a row
+constexpr int kOutPitch = BLOCK_N + 4;            // of the sums that are to be stored
+constexpr int kOutColumns = (BLOCK_N + 31) / 32;  // that a lane stores of a row
 
 __device__ __forceinline__ bool is_finite(float x) { return (float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
 

@@ -37,10 +37,11 @@ MIN_ROWS_OF_MANY_COLUMNS, MANY_COLUMNS = 4, 64
 # So few columns fill the tiles of weight_gradient_tiled, which is faster than three products if many rows do, too.
 FEW_SPLIT_COLUMNS, MAX_ROWS_OF_FEW_COLUMNS = 16, 64
 
-# GPUs whose predicted times decide how sums are cut; how many tilings are compared for this; and how much slower than
-# the cut by rule another may be on one of them.
+# GPUs whose predicted times decide how sums are cut; how many tilings are compared for this, and the fewest threads of
+# their tiles; and how much slower than the cut by rule another may be on one of them.
 _REFERENCE_DEVICES = Device.from_arch("sm_90"), Device.from_arch("sm_80")
 _REFERENCE_TILINGS = 4
+_WIDE_THREADS = 128
 _TOLERATED = 1.02
 # The sides are exchanged where this is predicted to take at most so much of the time on each of them.
 _WORTH_EXCHANGING = 0.95
@@ -63,8 +64,8 @@ class Tile(BlockTile):
 
 
 # By the parts of an operand; the last one is for arrays that need wide offsets, too. Three sets of sums leave a split
-# product registers for warps of 48x32. Tiles of 48 rows are for groups of 48 channels. Long chunks load most of a
-# window once whose taps lie far apart.
+# product registers for warps of 48x32. Tiles of 48 rows are for groups of 48 channels, those of fewer than 128 threads
+# for results that leave most of the others empty. Long chunks load most of a window once whose taps lie far apart.
 TILES: dict[int, tuple[Tile, ...]] = {
     1: (
         Tile(128, 256, 2, 4, 1, 32, 4, 4),
@@ -82,6 +83,10 @@ TILES: dict[int, tuple[Tile, ...]] = {
         Tile(48, 128, 1, 4, 2, 32, 4, 4),
         Tile(32, 128, 1, 4, 2, 32, 4, 4),
         Tile(16, 128, 1, 4, 4, 32, 4, 4),
+        Tile(48, 32, 3, 1, 4, 32, 4, 4),
+        Tile(48, 16, 3, 1, 4, 32, 4, 4),
+        Tile(32, 80, 2, 1, 4, 32, 4, 4),
+        Tile(16, 64, 1, 2, 8, 32, 4, 4),
         Tile(64, 64, 2, 2, 2, 32, 4, 4),
     ),
 }
@@ -324,9 +329,10 @@ def _cut(problem: WeightGradientProblem) -> tuple[Slices, tuple[float, ...]]:
     cuts = tuple(cut for cut in cuts if _keeps_bound(p, cut)) or cuts[:1]
     layout = Layout.contiguous(p)
     tap_width = _tap_width(p, layout, 32)
-    # The best tilings of the cut by rule; those of other cuts are like them.
+    # The best tilings of the cut by rule; those of other cuts are like them. Narrow tiles count where one is the best.
     first = _REFERENCE_DEVICES[0]
-    best = _compare(p, cuts[0], _fetches(p, layout, 32, first), tap_width, first, 32)[:_REFERENCE_TILINGS]
+    compared = _compare(p, cuts[0], _fetches(p, layout, 32, first), tap_width, first, 32)
+    best = [t for t in compared if t is compared[0] or t.tile.threads >= _WIDE_THREADS][:_REFERENCE_TILINGS]
 
     def times(cut: Slices) -> list[float]:
         tilings = [

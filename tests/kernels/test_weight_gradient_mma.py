@@ -130,7 +130,7 @@ def test_rows_that_are_no_whole_eights_of_units(use_tile: Any) -> None:
     p = problem(48, 16, 61, 3)
     arrays = normal(p)
     assert_same_bits(run(p, *arrays), run(p, *map(unaligned, arrays)), p)
-    (tile,) = (tile for tile in mma.TILES[2] if tile.block_m == 48)
+    tile = next(tile for tile in mma.TILES[2] if tile.block_m == 48)
     use_tile(2, tile)
     p = problem(48, 16, 60, 3, SINGLE)
     coarse, fine = normal(p)  # not integers: of those the sums that are formed again would be exact, too
@@ -373,7 +373,7 @@ def test_octets_of_taps_and_of_channels_have_the_same_bits(
 ) -> None:
     """Strided layers whose taps begin at even positions may have either, those of fewer rows than a unit, too."""
     configs = set(FAMILY.configs(DEVICE))
-    (small,) = (tile for tile in mma.TILES[ARITHMETICS[mode].parts] if tile.block_m == 16)
+    small = next(tile for tile in mma.TILES[ARITHMETICS[mode].parts] if tile.block_m == 16)
     for rows, C, K, stride, groups in ((20, 9, 19, 4, 1), (5, 8, 24, 8, 2)):
         p = problem(rows * groups, C * groups, 36, K, mode, stride * 36, groups=groups, stride=stride, padding_left=6)
         arrays, results = normal(p), []
