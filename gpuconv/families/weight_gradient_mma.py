@@ -275,7 +275,7 @@ class _Tiling(NamedTuple):
 def _sides(problem: WeightGradientProblem) -> WeightGradientProblem | Refusal:
     """The problem, or with its sides exchanged where that is faster; or why it is left to other families."""
     refusal, other = _refusal(problem), exchanged(problem)
-    if other is None or problem.C_coarse == problem.C_fine or _refusal(other) is not None:
+    if other is None or problem.C_coarse == problem.C_fine or _refusal(other, takes_few_taps=True) is not None:
         return refusal or problem
     own_us = tuple(cores_us(problem, device) for device in _REFERENCE_DEVICES) if refusal else _cut(problem)[1]
     is_faster = all(
@@ -285,14 +285,14 @@ def _sides(problem: WeightGradientProblem) -> WeightGradientProblem | Refusal:
     return other if is_faster else refusal or problem
 
 
-def _refusal(p: WeightGradientProblem) -> Refusal | None:
+def _refusal(p: WeightGradientProblem, *, takes_few_taps: bool = False) -> Refusal | None:
     """Why a problem is left to other families, whatever the GPU."""
     arithmetic = ARITHMETICS[p.dtype, p.precision]
     is_split, columns_of_taps = arithmetic.parts == 2, p.C_fine_g * p.K if p.C_fine_g < MIN_CHANNELS else 0
     rows = _least_rows(p, is_split)
     if p.C_coarse_g < rows:
         return Refusal(f"needs at least {rows} channels a group on the coarse side")
-    if columns_of_taps and p.K < MIN_TAPS:
+    if columns_of_taps and p.K < MIN_TAPS and not takes_few_taps:
         return Refusal(f"needs at least {MIN_CHANNELS} channels a group on the fine side, or {MIN_TAPS} taps")
     if is_split and 0 < columns_of_taps <= FEW_SPLIT_COLUMNS and p.C_coarse_g > MAX_ROWS_OF_FEW_COLUMNS:
         return Refusal(
@@ -374,7 +374,8 @@ def _fetches(p: WeightGradientProblem, layout: Layout, bits: int, device: Device
     arrays = (layout["coarse"], (p.N, p.C_coarse, p.L_coarse)), (layout["fine"], (p.N, p.C_fine, p.L_fine))
     if bits != 32:
         return _LEAST
-    unit, in_taps = ARITHMETICS[p.dtype, p.precision].channels, p.C_fine_g < MIN_CHANNELS
+    unit = ARITHMETICS[p.dtype, p.precision].channels
+    in_taps = p.C_fine_g < unit
     of_units = [
         device.arch >= ASYNC_COPY_ARCH and channels % unit == 0 and has_units(array, extents, unit)
         for (array, extents), channels in zip(arrays, (p.C_coarse_g, p.C_fine_g), strict=True)

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from ..problem import WeightGradientProblem
-from .arithmetic import SPLIT_TERMS, Access
+from .arithmetic import ARITHMETICS, SPLIT_TERMS, Access
 from .base import round_up
 from .mma import MIN_CHANNELS
 
@@ -60,13 +60,15 @@ class Columns(NamedTuple):
     def every(cls, p: WeightGradientProblem, tap_width: int) -> tuple[Columns, ...]:
         """Those that the layout allows, `tap_width` neighbouring taps being loaded at once.
 
-        Octets of channels are half empty if these are few. Neighbouring taps of a channel are loaded faster than
-        positions that lie a stride apart.
+        Octets of channels are half empty if these are few, and not even one unit may be full. Neighbouring taps of a
+        channel are loaded faster than positions that lie a stride apart.
         """
+        of_channels, of_taps = cls.of(p, in_taps=False), cls.of(p, in_taps=True)
+        if p.C_fine_g < ARITHMETICS[p.dtype, p.precision].channels:
+            return (of_taps,)
         if p.C_fine_g < MIN_CHANNELS:
-            return (cls.of(p, in_taps=True),)
-        of_channels = cls.of(p, in_taps=False)
-        return (of_channels, cls.of(p, in_taps=True)) if p.stride > 1 < tap_width and p.K >= OCTET else (of_channels,)
+            return of_taps, of_channels
+        return (of_channels, of_taps) if p.stride > 1 < tap_width and p.K >= OCTET else (of_channels,)
 
 
 class Window(NamedTuple):

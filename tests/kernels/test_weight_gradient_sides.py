@@ -87,6 +87,10 @@ def test_values(mode: tuple[str, str]) -> None:
             problem(8, 24, 401, 1, mode),
             problem(1, 33, 300, 15, mode, L_fine=260, N=4),
             problem(20, 8, 130, 2, mode, dilation=30, N=1),
+            problem(6, 48, 133, 3, mode, dilation=2),  # of few channels and taps: neither fill an octet
+            problem(4, 17, 90, 5, mode),
+            problem(7, 33, 75, 6, mode, N=3),
+            problem(3, 40, 70, 7, mode),
         )
     ):
         arrays = integers(p)
@@ -170,6 +174,8 @@ def test_what_is_exchanged() -> None:
             if device.arch >= ARITHMETICS[p.dtype, p.precision].min_arch:
                 assert is_exchanged(p, device=device)
                 assert is_exchanged(replace(p, has_lengths=True), device=device)
+    # htdemucs.dconv_k3_d2_48to6
+    assert all(is_exchanged(problem(6, 48, 85995, 3, mode, dilation=2, N=4)) for mode in MODES)
     assert is_exchanged(problem(1280, 128, 3000, 3, N=16))  # 384 columns would leave a third of the widest tile
     for change in (
         {"dtype": "float32"},  # three products
