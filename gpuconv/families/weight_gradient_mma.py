@@ -37,11 +37,13 @@ MIN_ROWS_OF_MANY_COLUMNS, MANY_COLUMNS = 4, 64
 # So few columns fill the tiles of weight_gradient_tiled, which is faster than three products if many rows do, too.
 FEW_SPLIT_COLUMNS, MAX_ROWS_OF_FEW_COLUMNS = 16, 64
 
-# GPUs whose predicted times decide how sums are cut; how many tilings are compared for this, and the fewest threads of
-# their tiles; and how much slower than the cut by rule another may be on one of them.
+# Narrow tiles, of fewer threads, are for results of which so many cover a group's; wider ones would be mostly empty.
+WIDE_THREADS, MOST_NARROW_TILES = 128, 3
+
+# GPUs whose predicted times decide how sums are cut; how many tilings are compared for this; and how much slower than
+# the cut by rule another may be on one of them.
 _REFERENCE_DEVICES = Device.from_arch("sm_90"), Device.from_arch("sm_80")
 _REFERENCE_TILINGS = 4
-_WIDE_THREADS = 128
 _TOLERATED = 1.02
 # The sides are exchanged where this is predicted to take at most so much of the time on each of them.
 _WORTH_EXCHANGING = 0.95
@@ -64,8 +66,8 @@ class Tile(BlockTile):
 
 
 # By the parts of an operand; the last one is for arrays that need wide offsets, too. Three sets of sums leave a split
-# product registers for warps of 48x32. Tiles of 48 rows are for groups of 48 channels, those of fewer than 128 threads
-# for results that leave most of the others empty. Long chunks load most of a window once whose taps lie far apart.
+# product registers for warps of 48x32. Tiles of 48 rows are for groups of 48 channels, narrow ones for small results.
+# Long chunks load most of a window once whose taps lie far apart.
 TILES: dict[int, tuple[Tile, ...]] = {
     1: (
         Tile(128, 256, 2, 4, 1, 32, 4, 4),
@@ -332,7 +334,7 @@ def _cut(problem: WeightGradientProblem) -> tuple[Slices, tuple[float, ...]]:
     # The best tilings of the cut by rule; those of other cuts are like them. Narrow tiles count where one is the best.
     first = _REFERENCE_DEVICES[0]
     compared = _compare(p, cuts[0], _fetches(p, layout, 32, first), tap_width, first, 32)
-    best = [t for t in compared if t is compared[0] or t.tile.threads >= _WIDE_THREADS][:_REFERENCE_TILINGS]
+    best = [t for t in compared if t is compared[0] or t.tile.threads >= WIDE_THREADS][:_REFERENCE_TILINGS]
 
     def times(cut: Slices) -> list[float]:
         tilings = [
@@ -541,6 +543,8 @@ def _tiling(
     octets = min(tile.block_n // OCTET // taps, columns.octets)
     row_tiles = -(-p.C_coarse_g // tile.block_m)
     octet_tiles, tap_tiles = -(-columns.octets // octets), -(-columns.taps // taps)
+    if tile.threads < WIDE_THREADS and row_tiles * octet_tiles * tap_tiles > MOST_NARROW_TILES:
+        return None
     window = Window.of(p, columns, taps, samples, rows, fetches[1])
     shared = _shared_bytes(tile, window, octets, fetches[1], arithmetic, bits, p.stride)
     if shared > device.shared_per_block:

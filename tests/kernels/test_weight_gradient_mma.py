@@ -92,10 +92,10 @@ def kernels() -> None:
 @pytest.fixture
 def use_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A function that leaves the family one tile; sums are cut as with all of them."""
-    every, cut = mma.TILES, mma._cut
+    every, cut, most = mma.TILES, mma._cut, mma.MOST_NARROW_TILES
 
     def cut_with_all(p: WeightGradientProblem) -> tuple[Slices, tuple[float, ...]]:
-        with patch.object(mma, "TILES", every):
+        with patch.multiple(mma, TILES=every, MOST_NARROW_TILES=most):
             return cut(p)
 
     def forget() -> None:
@@ -104,6 +104,7 @@ def use_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     def use(parts: int, tile: mma.Tile) -> None:
         monkeypatch.setattr(mma, "TILES", {**mma.TILES, parts: (tile,)})
+        monkeypatch.setattr(mma, "MOST_NARROW_TILES", math.inf)
         monkeypatch.setattr(mma, "_cut", cut_with_all)
         forget()
 
@@ -517,6 +518,23 @@ def test_bits_do_not_depend_on_tile_or_widths(mode: tuple[str, str], tile: mma.T
     assert_same_bits(run(p, *arrays, schedule=3), expected, tile)
     if tile.block_m == 64:
         assert_same_bits(run(p, *map(unaligned, arrays)), expected, tile)
+
+
+@pytest.mark.parametrize("tile", [t for t in mma.TILES[2] if t.threads < mma.WIDE_THREADS], ids=str)
+def test_narrow_tiles(tile: mma.Tile, use_tile: Any) -> None:
+    """Full ones, of whose columns some lanes store more than others; sums that are no numbers are formed again."""
+    columns = tile.block_n // OCTET
+    p = problem(tile.block_m, 8 if columns > 2 else 2, 4000, columns if columns > 2 else 8, SINGLE)
+    long = replace(p, N=64)
+    assert kernel_of(FAMILY, long, Layout.contiguous(long), DEVICE)[1].block == tile.threads  # the model prefers it
+    use_tile(2, tile)
+    launch = kernel_of(FAMILY, p, Layout.contiguous(p), DEVICE)[1]
+    assert (launch.block, launch.grid) == (tile.threads, mma._slices(p).count)
+    arrays = integers(p)
+    assert_same_bits(run(p, *arrays, schedule="every"), exact_result(p, *arrays), p)
+    coarse, fine = normal(p)
+    coarse[0, -1, 20], fine[1, -1, 30] = np.inf, np.nan
+    assert reference.weight_gradient(p, coarse, fine).within_bound(run(p, coarse, fine)).all()
 
 
 def test_bits_do_not_depend_on_the_chunks_of_samples(use_tile: Any) -> None:
