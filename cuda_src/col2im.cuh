@@ -29,21 +29,10 @@
 static_assert(!HAS_SAMPLES && SEGMENT_MODE == 0 && !PHASES_IN_ROWS, "see gpuconv/families/conv_col2im.py");
 
 // The fields with which Params of both kernels begins.
-struct Col2im {
-    index_t N, L_in, L_out, K;
-    index_t C_in_g, C_out_g;
-    index_t column_tiles, block_results;  // of a sample; of a block and channel
+struct Col2im : WindowConvolution {
+    index_t block_results;  // of a block and channel
     index_t pass_taps, passes;
     index_t sums_begin;  // of the sums in shared memory, in units of 16 bytes
-    index_t padding_left, dilation;
-    index_t input_stride_n, input_stride_c, input_stride_l;
-    index_t bias_stride;
-    index_t output_stride_n, output_stride_c, output_stride_l;
-    // See Window in mma_tile.cuh.
-    index_t units, chunks, pairs, segments, segment_chunks, num_tiles, round_stages;
-    index_t block_samples, block_positions;
-    index_t planes, plane_rows, sample_rows, window_rows, unit_tasks, tasks_reciprocal;
-    index_t tap_rows_first, tap_rows_step, window_shift, plane_step;
 };
 
 // From one row of products to the next: lanes that store two neighbours in each of four rows meet all banks.
@@ -132,20 +121,9 @@ __device__ __forceinline__ Tile tile_at(
     const index_t n = next_index(block, p.N), g = block;
     const index_t reach = (p.K - 1) * p.dilation;
 
-    Tile tile = tile_with_layout(p);
-    if (kHasLengths) {
-        const Extents sample = extents_of(n, p SAMPLES_VALUE);
-        tile.L_in = sample.L_in;
-        tile.L_out = sample.L_out;
-    }
-    tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
+    Tile tile = tile_of_group(g, 0, n, input, output, p SAMPLES_VALUE);
     tile.weight = weight + (g * p.passes + pass) * (p.chunks * p.pairs * (kParts * BLOCK_M));
-    tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
-    tile.group = g;
-    tile.row_begin = 0;
     tile.rows = BLOCK_M;
-    tile.samples = 1;
-    tile.output_step = 1;
     tile.output_first = IS_TRANSPOSED ? reach - p.padding_left : p.padding_left;  // l_out = position + output_first
     tile.position_begin = column_tile * p.block_results - tile.output_first;
     tile.positions = tile.L_out - tile.output_first + reach;  // behind the last that a result reads

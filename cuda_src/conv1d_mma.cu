@@ -17,19 +17,8 @@
 #include "mma.cuh"
 #include "window.cuh"
 
-struct Params {
-    index_t N, L_in, L_out, K;
-    index_t C_in_g, C_out_g;
-    index_t row_tiles, column_tiles, sample_tiles;
-    index_t stride, padding_left, dilation;
-    index_t input_stride_n, input_stride_c, input_stride_l;
-    index_t bias_stride;
-    index_t output_stride_n, output_stride_c, output_stride_l;
-    // See Window in mma_tile.cuh.
-    index_t units, chunks, pairs, segments, segment_chunks, num_tiles, round_stages;
-    index_t block_samples, block_positions;
-    index_t planes, plane_rows, sample_rows, window_rows, unit_tasks, tasks_reciprocal;
-    index_t tap_rows_first, tap_rows_step, window_shift, plane_step;
+struct Params : WindowConvolution {
+    index_t row_tiles, sample_tiles;
     index_t fold, fold_chunks;
     FUSED_FIELDS WINDOW_FIELDS
 };
@@ -55,29 +44,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
         const index_t n = index_t(next_index(block, p.sample_tiles)) * p.block_samples;
         const index_t g = block;
 
-        Tile tile = tile_with_layout(p);
-        tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
+        Tile tile = tile_of_group(g, row_tile * BLOCK_M, n, input, output, p SAMPLES_VALUE);
         tile.weight = weight + (RAW_WEIGHT
             ? g * p.C_out_g * (p.C_in_g * p.K / kUnit)
             : (g * p.row_tiles + row_tile) * (p.chunks * p.pairs * (kParts * BLOCK_M)));
-        tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
-        tile.group = g;
-        tile.row_begin = row_tile * BLOCK_M;
-        tile.rows = p.C_out_g;
-        tile.samples = p.N - n;
         tile.position_begin = column_tile * p.block_positions;
-        tile.positions = p.L_out;
-        tile.row_taps = p.K;
-        tile.column_step = p.stride;
-        tile.first = -p.padding_left;
-        tile.tap_step = p.dilation;
-        tile.output_step = 1;
-        tile.output_first = 0;
-        if (kHasLengths) {
-            const Extents sample = extents_of(n, p SAMPLES_VALUE);
-            tile.L_in = sample.L_in;
-            tile.L_out = tile.positions = sample.L_out;
-        }
         return tile;
     };
     Window window = window_of(p);

@@ -19,23 +19,12 @@
 #include "phases.cuh"
 #include "window.cuh"
 
-struct Params {
-    index_t N, L_in, L_out, K;
-    index_t C_in_g, C_out_g;
-    index_t row_tiles, column_tiles, sample_tiles;
+struct Params : WindowConvolution {
+    index_t row_tiles, sample_tiles;
     index_t positions;  // of q in one sample
     index_t q_begin;    // the first of them
     index_t phase_gcd, tap_step, position_step, phase_inverse;  // as in one_result.cuh
     index_t taps;                                               // of the phase with the most
-    index_t stride, padding_left, dilation;
-    index_t input_stride_n, input_stride_c, input_stride_l;
-    index_t bias_stride;
-    index_t output_stride_n, output_stride_c, output_stride_l;
-    // See Window in mma_tile.cuh.
-    index_t units, chunks, pairs, segments, segment_chunks, num_tiles, round_stages;
-    index_t block_samples, block_positions;
-    index_t planes, plane_rows, sample_rows, window_rows, unit_tasks, tasks_reciprocal;
-    index_t tap_rows_first, tap_rows_step, window_shift, plane_step;
     FUSED_FIELDS WINDOW_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_mma.py");
@@ -64,23 +53,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
 
         const Phase found = find_phase(unsigned(phase), p);
 
-        Tile tile = tile_with_layout(p);
-        tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
+        Tile tile = tile_of_group(g, row_tile * BLOCK_M, n, input, output, p SAMPLES_VALUE);
         tile.weight = weight + (RAW_WEIGHT
             ? g * p.C_in_g * (p.C_out_g * p.K / kUnit)
             : (product * p.row_tiles + row_tile) * (p.chunks * p.pairs * (kParts * BLOCK_M)));
-        tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
-        tile.group = g;
-        tile.row_begin = row_tile * BLOCK_M;
-        tile.rows = PHASES_IN_ROWS ? p.C_out_g * p.stride : p.C_out_g;
-        tile.samples = p.N - n;
+        if (PHASES_IN_ROWS) tile.rows *= p.stride;
         tile.position_begin = column_tile * p.block_positions;
         tile.positions = p.positions;
         if (kHasLengths) {
-            const Extents sample = extents_of(n, p SAMPLES_VALUE);
-            tile.L_in = sample.L_in;
-            tile.L_out = sample.L_out;
-            tile.positions = sample.L_out > 0 ? (sample.L_out - 1 + p.padding_left) / p.stride - p.q_begin + 1 : 0;
+            tile.positions = tile.L_out > 0 ? (tile.L_out - 1 + p.padding_left) / p.stride - p.q_begin + 1 : 0;
         }
         tile.row_taps = found.taps;
         tile.column_step = 1;

@@ -30,15 +30,9 @@
 
 static_assert(!HAS_SAMPLES && SEGMENT_MODE == 0 && !PHASES_IN_ROWS, "see gpuconv/families/conv_im2col.py");
 
-// The fields with which Params of both kernels begins.
-struct Im2col {
-    index_t N, L_in, L_out, K;
-    index_t C_in_g, C_out_g;
-    index_t row_tiles, column_tiles;
-    index_t stride, padding_left, dilation;  // the stride is 1 where IS_TRANSPOSED
-    index_t input_stride_n, input_stride_c, input_stride_l;
-    index_t bias_stride;
-    index_t output_stride_n, output_stride_c, output_stride_l;
+// The fields with which Params of both kernels begins. The stride is 1 where IS_TRANSPOSED.
+struct Im2col : MmaConvolution {
+    index_t row_tiles;
     index_t pairs;                              // whole stages
     index_t planes, plane_rows, plane_step;     // that units share; positions from plane to plane
     index_t round_rows;                         // rows from a unit to the next one in its plane
@@ -62,26 +56,12 @@ __device__ __forceinline__ Tile tile_at(
     const index_t n = next_index(block, p.N);
     const index_t g = block;
 
-    Tile tile = tile_with_layout(p);
-    tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
+    Tile tile = tile_of_group(g, row_tile * BLOCK_M, n, input, output, p SAMPLES_VALUE);
     tile.weight = weight + (g * p.row_tiles + row_tile) * (p.pairs * (kParts * BLOCK_M));
-    tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
-    tile.group = g;
-    tile.row_begin = row_tile * BLOCK_M;
-    tile.rows = p.C_out_g;
-    tile.samples = 1;
     tile.position_begin = column_tile * BLOCK_N;
-    tile.positions = p.L_out;
-    tile.row_taps = p.K;
-    tile.column_step = p.stride;
-    tile.first = IS_TRANSPOSED ? p.padding_left : -p.padding_left;
-    tile.tap_step = IS_TRANSPOSED ? -p.dilation : p.dilation;
-    tile.output_step = 1;
-    tile.output_first = 0;
-    if (kHasLengths) {
-        const Extents sample = extents_of(n, p SAMPLES_VALUE);
-        tile.L_in = sample.L_in;
-        tile.L_out = tile.positions = sample.L_out;
+    if (IS_TRANSPOSED) {
+        tile.first = p.padding_left;
+        tile.tap_step = -p.dilation;
     }
     return tile;
 }

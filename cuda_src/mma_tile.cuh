@@ -65,6 +65,25 @@ struct alignas(INPUT_WIDTH * sizeof(index_t)) Task {
 #endif
 static_assert(!RAW_WEIGHT || !CHANNELS_LAST, "see gpuconv/families/mma.py");
 
+// The fields with which Params of all kernels on tensor cores begins.
+struct MmaConvolution {
+    index_t N, L_in, L_out, K;
+    index_t C_in_g, C_out_g;
+    index_t column_tiles;  // of a sample
+    index_t stride, padding_left, dilation;
+    index_t input_stride_n, input_stride_c, input_stride_l;
+    index_t bias_stride;
+    index_t output_stride_n, output_stride_c, output_stride_l;
+};
+
+// Those of kernels that multiply by multiply_tile: see Window.
+struct WindowConvolution : MmaConvolution {
+    index_t units, chunks, pairs, segments, segment_chunks, num_tiles, round_stages;
+    index_t block_samples, block_positions;
+    index_t planes, plane_rows, sample_rows, window_rows, unit_tasks, tasks_reciprocal;
+    index_t tap_rows_first, tap_rows_step, window_shift, plane_step;
+};
+
 // One block's share. Offsets and strides are in elements.
 struct Tile {
     const storage_t* input;  // input[n0, first channel of the group, 0]
@@ -72,7 +91,7 @@ struct Tile {
     storage_t* output;       // output[n0, first channel of the group, 0]
     index_t group;
     index_t row_begin, rows;  // the block's first row, and the rows of the product
-    index_t samples;          // from n0 on
+    index_t samples;          // from n0 on; 1 where HAS_SAMPLES is 0
     index_t position_begin, positions;
     index_t C_in_g, L_in, L_out, K;
     index_t row_taps;                      // the taps of the block's rows: of those with the most, where rows differ
@@ -99,14 +118,28 @@ struct Window {
     index_t fold, fold_chunks;
 };
 
-// What Params of all kernels have in common, in Tile and Window.
-template <typename P>
-__device__ __forceinline__ Tile tile_with_layout(const P& p) {
+// The tile of rows from row_begin on of group g and of samples from n on, but for `weight` and position_begin. Rows are output
+// channels and columns positions of the output, as in a convolution; kernels with others change what differs.
+__device__ __forceinline__ Tile tile_of_group(
+    index_t g, index_t row_begin, index_t n, const storage_t* input, storage_t* output,
+    const MmaConvolution& p SAMPLES_PARAMETER) {
+    const Extents sample = extents_of(n, p SAMPLES_VALUE);
     Tile tile;
+    tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
+    tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
+    tile.group = g;
+    tile.row_begin = row_begin;
+    tile.rows = p.C_out_g;
+    tile.samples = HAS_SAMPLES ? p.N - n : 1;
     tile.C_in_g = p.C_in_g;
-    tile.L_in = p.L_in;
-    tile.L_out = p.L_out;
-    tile.K = p.K;
+    tile.L_in = sample.L_in;
+    tile.L_out = tile.positions = sample.L_out;
+    tile.K = tile.row_taps = p.K;
+    tile.column_step = p.stride;
+    tile.first = -p.padding_left;
+    tile.tap_step = p.dilation;
+    tile.output_step = 1;
+    tile.output_first = 0;
     tile.input_stride_n = p.input_stride_n;
     tile.input_stride_c = p.input_stride_c;
     tile.input_stride_l = p.input_stride_l;
@@ -114,8 +147,7 @@ __device__ __forceinline__ Tile tile_with_layout(const P& p) {
     tile.output_stride_l = p.output_stride_l;
     return tile;
 }
-template <typename P>
-__device__ __forceinline__ Window window_of(const P& p) {
+__device__ __forceinline__ Window window_of(const WindowConvolution& p) {
     return Window{
         p.units, p.chunks, p.pairs, p.segments, p.segment_chunks, p.num_tiles, p.round_stages,
         p.block_samples, p.block_positions,
