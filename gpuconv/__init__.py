@@ -78,8 +78,9 @@ from 32. Very short samples stay on CUDA cores where tensor cores could miss the
 
 Up to 8 output channels a group run on tensor cores where the stride is 1, C_in/groups is from 48 to 4095, C_out/groups
 times K from 48 (in the transposed operation with dilation from 8), and dilation times (K - 1) at most 128; as split
-TF32 the transposed operation alone, with dilation times (K - 1) at most 32. Everything else, and float64 and complex
-data, runs on CUDA cores.
+TF32 the transposed operation alone, with dilation times (K - 1) at most 32. Up to 4 output channels a group without
+dilation need 3072 weights in a group, 8192 as split TF32, and in TF32 no more than others. Everything else, and float64
+and complex data, runs on CUDA cores.
 
 `gpuconv.reference` gives each result an error bound. For float16, bfloat16 and TF32, which tensor cores may sum, it
 has `4n/3 + 2` in place of `n + 2`, and TF32 adds the error of rounding its operands. Split TF32 keeps the bound of

@@ -256,7 +256,7 @@ CASES: tuple[Case, ...] = (
     _transposed("up_one_output_channel", 2, 48, 1, 30, 6, "channels", stride=3, padding=1),
     _transposed("up_channels_64_64", 1, 64, 64, 40, 4, "channels", stride=2, padding=1),
     _transposed("up_channels_17_66", 1, 17, 66, 15, 3, "channels", stride=2),
-    _transposed("up_channels_52_4", 2, 52, 4, 20, 13, "channels", padding=7),
+    _transposed("up_channels_52_5", 2, 52, 5, 20, 13, "channels", padding=7),
     _transposed("up_dense_stride3", 2, 24, 12, 19, 7, "dense", stride=3, padding=(2, 5)),
     _transposed("up_dense_dilation3", 1, 36, 20, 22, 3, "dense", dilation=3, padding=4),
     _transposed("up_dense_dilation6_stride4", 1, 36, 18, 11, 5, "dense", dilation=6, stride=4, padding=(1, 7)),

@@ -65,7 +65,7 @@ PROBLEMS = {
     "head": ConvProblem("conv1d", 2, 50, 2, 300, 31, 1, 15, 15, has_bias=True),
     "dilated groups": ConvProblem("conv1d", 3, 100, 10, 83, 10, 1, 25, 40, 3, groups=2, has_bias=True),
     "odd": ConvProblem("conv1d", 2, 67, 3, 131, 25, has_bias=True),
-    "stem gradient": ConvProblem("conv_transpose1d", 2, 64, 4, 90, 15, 1, 7, 7, has_bias=True),
+    "stem gradient": ConvProblem("conv_transpose1d", 2, 64, 5, 90, 11, 1, 5, 5, has_bias=True),
     "transposed groups": ConvProblem("conv_transpose1d", 2, 153, 15, 301, 7, 1, 29, 5, 5, groups=3, has_bias=True),
 }
 # By operation.
@@ -129,7 +129,7 @@ def test_architectures(arch: str) -> None:
 
 def test_the_limits() -> None:
     for op, modes in MODES_OF.items():
-        layer = ConvProblem(op, 2, MIN_C_IN_G, 2, 400, MIN_WEIGHTS // 2)
+        layer = ConvProblem(op, 2, MIN_C_IN_G, 6, 400, MIN_WEIGHTS // 6)
         assert [mode for mode in MODES if takes(at(layer, mode))] == [mode for mode in MODES if mode in modes]
         assert not any(takes(at(replace(layer, **{name: value}), mode)) for mode in MODES for name, value in (
             ("K", layer.K - 1), ("C_in", MIN_C_IN_G - 1), ("C_in", 4096), ("C_out", 9), ("stride", 2)
@@ -140,6 +140,14 @@ def test_the_limits() -> None:
             assert not takes(at(replace(layer, K=K + 1), mode))
         dilated = replace(layer, C_out=1, K=MIN_DILATED_WEIGHTS, dilation=2)
         assert all(takes(at(dilated, mode)) == (op == "conv_transpose1d") for mode in modes)
+        # Of up to 4 output channels: the K from which on a layer of so many input channels is taken.
+        for modes_of, C_in, K in ((("float16", "bfloat16"), 48, 16), (("tf32",), 48, 12), (("float32",), 128, 16)):
+            few = ConvProblem(op, 2, C_in, 4, 400, K)
+            for mode in set(modes_of) & set(modes):
+                assert takes(at(few, mode))
+                assert not takes(at(replace(few, K=K - 1), mode))
+                assert takes(at(replace(few, C_out=5, K=10), mode))
+                assert takes(at(replace(few, K=12, dilation=2), mode))
     largest = [tile for arithmetic in ARITHMETICS.values() for tile in conv_col2im.tiles(arithmetic, H200)]
     assert max(tile.block_m for tile in largest) == MAX_BLOCK_M
     assert max(tile.block_n for tile in largest) == MAX_BLOCK_N
@@ -288,7 +296,7 @@ def test_hard_data(mode: str, kind: str, rule: TensorCores) -> None:
 @pytest.mark.parametrize("C_in", [MIN_C_IN_G, 201])
 def test_sums_of_one_sign(mode: str, C_in: int, rule: TensorCores) -> None:
     """The sums of channels are cut off, those of taps rounded."""
-    p = at(ConvProblem("conv_transpose1d", 1, C_in, 2, 70, 24), mode)
+    p = at(ConvProblem("conv_transpose1d", 1, C_in, 5, 70, 24), mode)
     for data in data_of_one_sign(p):
         assert_right(p, run(p, data), data, rule)
 

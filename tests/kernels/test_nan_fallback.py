@@ -81,8 +81,8 @@ OTHERS = (
     layer("conv_transpose1d_mma", 2, 16, 16, 5, 7, stride=3, padding_left=2, dtype="float16"),
     layer("conv1d_im2col", 2, 3, 16, 40, 13, padding_left=4, dtype="float16"),
     layer("conv_transpose1d_im2col", 2, 3, 16, 40, 13, padding_left=4, dtype="float16"),
-    layer("conv1d_col2im", 2, 50, 4, 40, 13, padding_left=4, dtype="float16"),
-    layer("conv_transpose1d_col2im", 2, 50, 4, 40, 13, padding_left=4, dtype="float16"),
+    layer("conv1d_col2im", 2, 50, 5, 40, 13, padding_left=4, dtype="float16"),
+    layer("conv_transpose1d_col2im", 2, 50, 5, 40, 13, padding_left=4, dtype="float16"),
     layer("conv1d_toeplitz", 2, 3, 6, 150, 70, padding_left=4, groups=3, dtype="float16"),
 )
 

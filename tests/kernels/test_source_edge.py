@@ -74,7 +74,7 @@ LAYERS = (
     layer("conv1d_mma", 2, 32, 40, 77, 5, stride=2, dtype="float16"),
     layer("conv1d_im2col", 2, 3, 40, 77, 19, stride=2, dtype="float16"),
     layer("conv1d_im2col", 2, 4, 40, 177, 19, dilation=2),
-    layer("conv1d_col2im", 2, 50, 3, 77, 19, dtype="float16"),
+    layer("conv1d_col2im", 2, 50, 5, 77, 19, dtype="float16"),
     layer("conv1d_col2im", 2, 50, 3, 301, 17, dilation=2, dtype="float16"),
     layer("conv1d_toeplitz", 3, 5, 10, 340, 81, groups=5, dtype="float16"),
     layer("conv1d_depthwise", 3, 5, 10, 340, 41, groups=5),  # sliding, many steps

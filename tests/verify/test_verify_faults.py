@@ -118,7 +118,7 @@ FAULTS: Mapping[str, Fault] = {
         "tap < taps; ++tap) {",
         "tap + 1 < taps; ++tap) {",
         "conv_transpose1d_col2im",
-        "up_channels_52_4",
+        "up_channels_52_5",
         "float16",
     ),
     "weight_gradient_mma drops the last position": Fault(
