@@ -5,7 +5,7 @@ A check computes by a `Run`: hostcuda's result of a problem by the family.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any, TypeAlias
@@ -26,6 +26,16 @@ from tests.plans import BASE, H200, plan_of, refusal_of
 
 Array = npt.NDArray[Any]
 Run: TypeAlias = Callable[..., Array]  # (problem, data, **settings of hostcuda.compute)
+
+
+def takes(families: Mapping[str, Family[Any]], problem: ConvProblem, device: Device = H200) -> bool:
+    """Whether the family of the problem's operation takes it, in contiguous arrays."""
+    return refusal_of(families[problem.op], problem, Layout.contiguous(problem), device) is None
+
+
+def run_by(families: Mapping[str, Family[Any]], problem: ConvProblem, data: Data, **settings: Any) -> Array:
+    """The result of hostcuda by the family of the problem's operation."""
+    return hostcuda.compute(problem, *data, family=families[problem.op].name, **settings)
 
 
 def assert_right(problem: ConvProblem, output: Array, data: Data, what: object = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from gpuconv.families.mma_tiles import Tile
 from gpuconv.problem import ConvProblem
 from tests import hostcuda
 from tests.hostcuda import Program, TensorCores
+from tests.kernels import tensor_cores
 from tests.kernels.arrays import assert_same_bits
 from tests.kernels.tensor_cores import (
     H200,
@@ -52,7 +54,7 @@ from tests.kernels.tensor_cores import (
     data_of_one_sign,
     hard_data,
 )
-from tests.plans import BASE, kernel_of, refusal_of
+from tests.plans import BASE, kernel_of
 
 Array = npt.NDArray[Any]
 
@@ -74,14 +76,7 @@ EVERY = {f"{name}-{mode}": (p, mode) for name, p in PROBLEMS.items() for mode in
 every_problem = pytest.mark.parametrize(("problem", "mode"), EVERY.values(), ids=EVERY.keys())
 
 at = cases.in_format
-
-
-def takes(problem: ConvProblem, device: Device = H200) -> bool:
-    return refusal_of(FAMILY[problem.op], problem, Layout.contiguous(problem), device) is None
-
-
-def run(problem: ConvProblem, data: Data, **settings: Any) -> Array:
-    return hostcuda.compute(problem, *data, family=FAMILY[problem.op].name, **settings)
+takes, run = partial(tensor_cores.takes, FAMILY), partial(tensor_cores.run_by, FAMILY)
 
 
 @st.composite

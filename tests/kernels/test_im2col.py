@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ from gpuconv.families.arithmetic import ARITHMETICS, MIN_SPLIT_TERMS
 from gpuconv.families.conv_im2col import MIN_TERMS, Conv1dIm2col, ConvTranspose1dIm2col, Window
 from gpuconv.families.mma_tiles import Tile
 from gpuconv.problem import ConvProblem, Op
-from tests import hostcuda
 from tests.hostcuda import Program, TensorCores
+from tests.kernels import tensor_cores
 from tests.kernels.arrays import assert_same_bits
 from tests.kernels.tensor_cores import (
     H200,
@@ -42,7 +43,7 @@ from tests.kernels.tensor_cores import (
     data_of_one_sign,
     hard_data,
 )
-from tests.plans import kernel_of, refusal_of
+from tests.plans import kernel_of
 
 Array = npt.NDArray[Any]
 
@@ -64,14 +65,7 @@ every_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLE
 
 
 at = cases.in_format
-
-
-def takes(problem: ConvProblem, device: Device = H200) -> bool:
-    return refusal_of(FAMILY[problem.op], problem, Layout.contiguous(problem), device) is None
-
-
-def run(problem: ConvProblem, data: Data, **settings: Any) -> Array:
-    return hostcuda.compute(problem, *data, family=FAMILY[problem.op].name, **settings)
+takes, run = partial(tensor_cores.takes, FAMILY), partial(tensor_cores.run_by, FAMILY)
 
 
 @st.composite

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -27,6 +28,7 @@ from gpuconv.families.product import Product
 from gpuconv.problem import ConvProblem, Op
 from tests import hostcuda
 from tests.hostcuda import AMPERE, Program, TensorCores
+from tests.kernels import tensor_cores
 from tests.kernels.arrays import assert_same_bits, unaligned
 from tests.kernels.tensor_cores import (
     H200,
@@ -43,7 +45,7 @@ from tests.kernels.tensor_cores import (
     hard_data,
     powers,
 )
-from tests.plans import FORWARD_FAMILIES, kernel_of, refusal_of
+from tests.plans import FORWARD_FAMILIES, kernel_of
 
 Array = npt.NDArray[Any]
 
@@ -67,14 +69,7 @@ every_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLE
 
 
 at = cases.in_format
-
-
-def takes(problem: ConvProblem, device: Device = H200) -> bool:
-    return refusal_of(FAMILY[problem.op], problem, Layout.contiguous(problem), device) is None
-
-
-def run(problem: ConvProblem, data: Data, **settings: Any) -> Array:
-    return hostcuda.compute(problem, *data, family=FAMILY[problem.op].name, **settings)
+takes, run = partial(tensor_cores.takes, FAMILY), partial(tensor_cores.run_by, FAMILY)
 
 
 def program_of(config: Config) -> Program:
