@@ -26,7 +26,14 @@
 
 #include "common.cuh"
 #include "edge.cuh"
-#include "mma.cuh"
+#include "fragments.cuh"
+#include "mma_epilogue.cuh"
+#include "mma_stage.cuh"
+#include "mma_tile.cuh"
+#include "mma_weights.cuh"
+#include "ptx.cuh"
+#include "samples.cuh"
+#include "tf32.cuh"
 
 static_assert(!HAS_SAMPLES && SEGMENT_MODE == 0 && !PHASES_IN_ROWS, "see gpuconv/families/conv_im2col.py");
 
