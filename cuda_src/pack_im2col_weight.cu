@@ -30,7 +30,7 @@ struct Params {
     index_t stride, units, fold_chunks;  // of IN_CHUNKS
     index_t weight_first, weight_stride_g, weight_stride_out, weight_stride_in, weight_stride_k;
 };
-static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/mma.py");
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/mma_packing.py");
 
 constexpr int kUnit = kStorageVec;
 constexpr int kParts = IS_SPLIT ? 2 : 1;

@@ -26,7 +26,7 @@ struct Params {
     index_t out_parts, phase_parts, in_parts, tap_parts;
     index_t is_wide;
 };
-static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/mma.py");
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/mma_packing.py");
 
 constexpr int kUnit = kStorageVec;
 constexpr int kParts = IS_SPLIT ? 2 : 1;

@@ -19,7 +19,7 @@ from typing import ClassVar
 from ..costs import Ending, Work, blocks_by_shared, predict_launch, tensor_cores
 from ..device import Device
 from ..problem import ConvProblem
-from . import mma
+from . import mma, mma_packing
 from .arithmetic import ARITHMETICS, NO_ARITHMETIC, UNIT_BYTES, WARP, Access, Arithmetic, arithmetics
 from .base import (
     MAX_GRID,
@@ -347,7 +347,7 @@ class _ConvCol2im(Family[ConvProblem]):
         launch = Launch(tiling.blocks, tiling.tile.threads, tiling.shared_bytes, bits, params)
         config = self._config(p.dtype, p.precision, tiling.tile, bits, tiling.window.access, device)
         step = Step(with_padding_mode(config, p.padding_mode), launch, conv_arrays(p, PACKED))
-        pack, packed_bytes = _pack(p, layout, tiling, reduction, arithmetic)
+        pack, packed_bytes = _pack(p, layout, tiling, reduction)
         candidates = tuple((f"{t.passes} times {t.tile.block_m}x{t.tile.block_n}", t.us) for t in tilings)
         return Plan((pack, step), ((PACKED, packed_bytes),), candidates)
 
@@ -361,7 +361,7 @@ class _ConvCol2im(Family[ConvProblem]):
                         if access is Access.UNIT and device.arch < mma.ASYNC_COPY_ARCH:
                             continue
                         yield self._config(dtype, precision, tile, bits, access, device)
-                yield _pack_config(dtype, precision, bits)
+                yield mma_packing.config("pack_col2im_weight", dtype, precision, bits)
 
     def _config(self, dtype: str, precision: str, tile: Tile, bits: int, access: Access, device: Device) -> Config:
         return mma.kernel_config(
@@ -407,37 +407,18 @@ class ConvTranspose1dCol2im(_ConvCol2im):
     max_parts = 2
 
 
-def _pack(
-    problem: ConvProblem, layout: Layout, tiling: Tiling, reduction: Reduction, arithmetic: Arithmetic
-) -> tuple[Step, int]:
+def _pack(problem: ConvProblem, layout: Layout, tiling: Tiling, reduction: Reduction) -> tuple[Step, int]:
     """The launch of pack_col2im_weight, and the bytes that it writes."""
-    p, fields = problem, conv_fields(problem, layout)
-    num_vectors = p.groups * tiling.passes * reduction.chunks * reduction.pairs * tiling.tile.block_m  # of one part
-    grid = min(-(-num_vectors // mma.PACK_BLOCK_SIZE), MAX_GRID)
-    stride_k = fields["weight_stride_k"]
-    of_group = p.C_in_g * fields["weight_stride_in"] if p.transposed else p.C_out_g * fields["weight_stride_out"]
     own = {
-        "num_vectors": num_vectors,
         "passes": tiling.passes,
         "chunks": reduction.chunks,
         "pairs": reduction.pairs,
         "block_rows": tiling.tile.block_m,
         "units": reduction.units,
         "pass_taps": tiling.pass_taps,
-        "weight_first": (p.K - 1) * stride_k if p.transposed else 0,
-        "weight_stride_g": of_group,
-        "weight_stride_k": -stride_k if p.transposed else stride_k,
     }
-    params = params_of("pack_col2im_weight", fields, own)
-    counts = num_vectors * arithmetic.parts + grid * mma.PACK_BLOCK_SIZE, abs(of_group)
-    bits = index_bits(p, layout, Overhang(), *counts)
-    launch = Launch(grid, mma.PACK_BLOCK_SIZE, 0, bits, params)
-    step = Step(_pack_config(p.dtype, p.precision, bits), launch, ("weight", PACKED))
-    return step, num_vectors * arithmetic.parts * UNIT_BYTES
-
-
-def _pack_config(dtype: str, precision: str, bits: int) -> Config:
-    return mma.pack_config("pack_col2im_weight", dtype, precision, bits, {})
+    num_vectors = problem.groups * tiling.passes * reduction.chunks * reduction.pairs * tiling.tile.block_m
+    return mma_packing.pack_in_order("pack_col2im_weight", problem, layout, num_vectors, own)
 
 
 def _index_bits(problem: ConvProblem, layout: Layout, arithmetic: Arithmetic) -> int:

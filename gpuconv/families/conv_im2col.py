@@ -19,7 +19,7 @@ from functools import lru_cache
 from ..costs import MMA_LATENCY_CYCLES, Code, Ending, Work, blocks_by_shared, predict_launch, tensor_cores
 from ..device import Device
 from ..problem import ConvProblem
-from . import mma, mma_window
+from . import mma, mma_packing, mma_window
 from .arithmetic import (
     ARITHMETICS,
     MIN_SPLIT_TERMS,
@@ -293,7 +293,7 @@ class _ConvIm2col(Family[ConvProblem]):
         params = params_of(self.name, conv_fields(p, layout), own)
         launch = Launch(tiling.blocks, tiling.tile.threads, tiling.shared_bytes, bits, params)
         config = with_padding_mode(self._config(p.dtype, p.precision, tiling.tile, bits, device), p.padding_mode)
-        pack, packed_bytes = mma.pack_taps(
+        pack, packed_bytes = mma_packing.pack_taps(
             p, layout, row_tiles=tiling.row_tiles, block_rows=tiling.tile.block_m, pairs=pairs
         )
         return Plan(
@@ -307,7 +307,7 @@ class _ConvIm2col(Family[ConvProblem]):
             for bits in (32, 64):
                 for tile in tiles(arithmetic, bits):
                     yield self._config(dtype, precision, tile, bits, device)
-                yield mma.pack_taps_config(dtype, precision, bits, in_chunks=False)
+                yield mma_packing.config("pack_im2col_weight", dtype, precision, bits, IN_CHUNKS=0)
 
     def _config(self, dtype: str, precision: str, tile: Tile, bits: int, device: Device) -> Config:
         return mma.kernel_config(self.name, dtype, precision, tile, bits, device, phases_in_rows=False, segment_mode=0)

@@ -6,7 +6,7 @@ N and the lengths decide only how the work is cut into tiles, which changes no b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product as combined
@@ -15,6 +15,7 @@ from ..costs import blocks_by_shared
 from ..device import Device
 from ..problem import ConvProblem
 from ..source import params_fields
+from . import mma_packing
 from .arithmetic import (
     ARITHMETICS,
     MIN_SPLIT_TERMS,
@@ -45,11 +46,8 @@ from .base import (
 from .mma_costs import TilesLaunch, input_tasks, predict_plan
 from .mma_tiles import NUM_STAGES, RAW_BOXES, Tile, tiles
 from .mma_window import MAX_UNITS, Reduction, Window
-from .offsets import Overhang, index_bits
 from .product import Product
-from .weight_boxes import WeightBoxes
 
-PACK_BLOCK_SIZE = 128
 ASYNC_COPY_ARCH = 80  # from which on cp.async exists
 
 # Layers with fewer channels than a unit of 16-bit elements are handled by the families for stems and tails.
@@ -298,7 +296,7 @@ def _predict(
         resident=resident,
         segments=reduction.segments,
         packed=packed,
-        pack_blocks=-(-packed // PACK_BLOCK_SIZE),
+        pack_blocks=-(-packed // mma_packing.BLOCK_SIZE),
         device=device,
     )
 
@@ -419,9 +417,11 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
                                     is_raw=is_raw,
                                     folds=folds,
                                 )
-                yield _pack_config(dtype, precision, bits, transposed=transposed, phases_in_rows=phases_in_rows)
+                yield mma_packing.units_config(
+                    dtype, precision, bits, transposed=transposed, phases_in_rows=phases_in_rows
+                )
                 if not transposed:
-                    yield pack_taps_config(dtype, precision, bits, in_chunks=True)
+                    yield mma_packing.config("pack_im2col_weight", dtype, precision, bits, IN_CHUNKS=1)
 
 
 def _tiling_params(reduction: Reduction, tiling: Tiling, arithmetic: Arithmetic) -> dict[str, int]:
@@ -494,7 +494,7 @@ def make_plan(
     scratch: list[tuple[str, int]] = []
     if not tiling.is_raw:
         if product.fold > 1:
-            pack, packed_bytes = pack_taps(
+            pack, packed_bytes = mma_packing.pack_taps(
                 p,
                 layout,
                 row_tiles=tiling.row_tiles,
@@ -504,7 +504,7 @@ def make_plan(
                 fold_chunks=dict(params)["fold_chunks"],
             )
         else:
-            pack, packed_bytes = _pack(p, layout, product, reduction, tile)
+            pack, packed_bytes = mma_packing.pack_units(p, layout, product, reduction, tile)
         steps.append(pack)
         scratch.append((PACKED, packed_bytes))
     if tile.segment_mode < 2:
@@ -515,106 +515,3 @@ def make_plan(
         steps.append(step(3, tiling.blocks, tile.slice_bytes(p.itemsize), PARTIAL))
         scratch.append((PARTIAL, segment_blocks * tile.block_m * tile.block_n * 4))
     return Plan(tuple(steps), tuple(scratch), _candidates(tilings))
-
-
-def _pack(problem: ConvProblem, layout: Layout, product: Product, reduction: Reduction, tile: Tile) -> tuple[Step, int]:
-    """The launch of pack_mma_weight, and the bytes that it writes."""
-    p, arithmetic = problem, ARITHMETICS[problem.dtype, problem.precision]
-    row_tiles = -(-product.rows // tile.block_m)
-    num_vectors = product.products * reduction.chunks * reduction.pairs * row_tiles * tile.block_m  # of one part
-    # Neighbours in memory are the channels and taps of a row: those of a whole chunk if they fit.
-    taps, channels = -(-reduction.pairs // reduction.units), arithmetic.channels
-    fitting = WeightBoxes.max_terms(product) // (channels * taps)
-    units = max(
-        units for units in range(1, reduction.units + 1) if reduction.units % units == 0 and units <= max(1, fitting)
-    )
-    boxes = WeightBoxes.of(
-        product,
-        rows=row_tiles * tile.block_m,
-        channels=reduction.chunks * reduction.units * channels,
-        taps=taps,
-        box_channels=units * channels,
-    )
-    params = params_of(
-        "pack_mma_weight",
-        conv_fields(p, layout),
-        {
-            "row_tiles": row_tiles,
-            "block_rows": tile.block_m,
-            "chunks": reduction.chunks,
-            "units": reduction.units,
-            "pairs": reduction.pairs,
-            **boxes.params(layout),
-        },
-    )
-    values = (abs(value) for _, value in params)
-    bits = index_bits(p, layout, boxes.overhang, num_vectors * arithmetic.parts + tile.block_m, *values)
-    config = _pack_config(p.dtype, p.precision, bits, transposed=p.transposed, phases_in_rows=product.phases_in_rows)
-    launch = Launch(boxes.grid, PACK_BLOCK_SIZE, boxes.shared_bytes, bits, params)
-    return Step(config, launch, ("weight", PACKED)), num_vectors * arithmetic.parts * UNIT_BYTES
-
-
-def _pack_config(dtype: str, precision: str, bits: int, *, transposed: bool, phases_in_rows: bool) -> Config:
-    macros = {"IS_TRANSPOSED": int(transposed), "PHASES_IN_ROWS": int(phases_in_rows)}
-    return pack_config("pack_mma_weight", dtype, precision, bits, macros)
-
-
-def pack_taps(
-    problem: ConvProblem,
-    layout: Layout,
-    *,
-    row_tiles: int,
-    block_rows: int,
-    pairs: int,
-    units: int = 0,
-    fold_chunks: int = 0,
-) -> tuple[Step, int]:
-    """The launch of pack_im2col_weight, and the bytes that it writes.
-
-    Args:
-        problem: whose weights are packed.
-        layout: of its arrays.
-        row_tiles: blocks of rows of a group.
-        block_rows: rows of each.
-        pairs: of a row.
-        units: of a chunk, where positions are channels.
-        fold_chunks: chunks of a channel there, else 0.
-    """
-    p, arithmetic = problem, ARITHMETICS[problem.dtype, problem.precision]
-    num_vectors = p.groups * row_tiles * pairs * block_rows  # of one part
-    grid = min(-(-num_vectors // PACK_BLOCK_SIZE), MAX_GRID)
-    fields = conv_fields(p, layout)
-    stride_k = fields["weight_stride_k"]
-    of_group = p.C_in_g * fields["weight_stride_in"] if p.transposed else p.C_out_g * fields["weight_stride_out"]
-    own = {
-        "num_vectors": num_vectors,
-        "row_tiles": row_tiles,
-        "block_rows": block_rows,
-        "pairs": pairs,
-        "units": units,
-        "fold_chunks": fold_chunks,
-        "weight_first": (p.K - 1) * stride_k if p.transposed else 0,
-        "weight_stride_g": of_group,
-        "weight_stride_k": -stride_k if p.transposed else stride_k,
-    }
-    params = params_of("pack_im2col_weight", fields, own)
-    counts = num_vectors * arithmetic.parts + grid * PACK_BLOCK_SIZE, abs(of_group)
-    bits = index_bits(p, layout, Overhang(), *counts)
-    config = pack_taps_config(p.dtype, p.precision, bits, in_chunks=fold_chunks > 0)
-    launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, params)
-    return Step(config, launch, ("weight", PACKED)), num_vectors * arithmetic.parts * UNIT_BYTES
-
-
-def pack_taps_config(dtype: str, precision: str, bits: int, *, in_chunks: bool) -> Config:
-    return pack_config("pack_im2col_weight", dtype, precision, bits, {"IN_CHUNKS": int(in_chunks)})
-
-
-def pack_config(kernel: str, dtype: str, precision: str, bits: int, macros: Mapping[str, int]) -> Config:
-    """The specialisation of a kernel that packs weights for tensor cores; `macros` are its own."""
-    shared: dict[str, str | int] = {
-        "DTYPE": dtype,
-        "INDEX_BITS": bits,
-        "BLOCK_SIZE": PACK_BLOCK_SIZE,
-        "IS_SPLIT": int(ARITHMETICS[dtype, precision].parts == 2),
-    }
-    return Config.of(kernel, {**shared, **macros, "PARAMS_BYTES": len(params_fields(kernel)) * bits // 8})
