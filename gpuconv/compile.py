@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, TypeAlias
 from . import cubins, fft, runtime
 from .device import ARCHITECTURES, Device
 from .dtypes import DTYPES, dtype_name
-from .explain import DIRECTIONS, Direction, explain
+from .explain import DIRECTIONS, explain
+from .explanation import Direction
 from .families import FAMILIES, Config, append, conv1d_depthwise_push, lengths, windows
 from .families.base import base_config
 from .problem import ArrayLike, Op

@@ -15,7 +15,8 @@ import pytest
 import gpuconv
 from gpuconv import cases, cpu, dispatch, runtime
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.explain import MAX_CANDIDATES, SETTINGS, Explanation, explain
+from gpuconv.explain import SETTINGS, Explanation, explain
+from gpuconv.explanation import MAX_CANDIDATES
 from gpuconv.families import FAMILIES, Config, Family, Layout, Refusal
 from gpuconv.problem import ArraySpec, ConvProblem
 from tests.fake_cupy import fake_cupy

@@ -48,6 +48,7 @@ def test_import_loads_only_what_a_first_call_needs() -> None:
         "cubins",
         "dispatch",
         "explain",
+        "explanation",
         "families",
         "files",
         "grad",

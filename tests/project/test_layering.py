@@ -78,7 +78,7 @@ LAYERS = (
     ("calls",),
     ("functional",),
     ("checkpoint", "pieces"),
-    ("parameters",),
+    ("parameters", "explanation"),
     ("nn", "grad", "signal.arrays", "chunked", "dask", "explain", "files", "gpus", "report"),
     ("signal.fft",),
     ("signal.convolution",),
