@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import cache, partial
-from threading import Lock
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from . import runtime
-from .arguments import ArrayLike, ArraySpec, check_dtype
+from .arguments import ArraySpec, check_dtype
+from .caches import cpu_key, keep, settings_key
 from .dtypes import real_dtype
-from .fusion import RESIDUAL, Fusion, check_data
+from .fusion import Fusion
 from .interchange import view
-from .lengths import Samples, follows_length
-from .memory import check_kinds, check_overlap, overlaps_itself, span
-from .problem import BiasGradientProblem, ConvProblem, Problem, WeightGradientProblem, dtype_name
-from .tasks import OPTIONAL, SIGNATURES, Task, padding_of, settings_of_samples
+from .memory import check_kinds, check_out, check_overlap, span
+from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem, dtype_name
+from .real_taps import are_real_taps, check_real_taps
+from .sample_runs import run_by_runs, runs_one_by_one, samples_of, table_of, views_of, with_lengths
+from .tasks import OPTIONAL, SIGNATURES, Task
 
 if TYPE_CHECKING:
     from . import fft
 
-# Executors of GPU calls and tasks of CPU calls, by everything that they depend on. A full cache drops its oldest
-# entry, so that a program whose lengths always differ does not fill the memory.
+# Executors of GPU calls and tasks of CPU calls, by everything that they depend on.
 # The executor, the task, the dtype of the result, and the spans of the arrays and of `out`, where it is given.
 _EXECUTORS: dict[tuple[Any, ...], tuple[runtime.Executor | fft.Executor, Task, Any, list[tuple[int, int]]]] = {}
 # The task, the dtype of the result, and whether it is a plain convolution: nothing fused, the weight not conjugated.
 _TASKS: dict[tuple[Any, ...], tuple[Task, np.dtype[Any], bool]] = {}
-_CACHE_SIZE = 4096
-_CACHE_LOCK = Lock()  # for changes; look-ups need none
 
 
 def run(
@@ -68,11 +65,6 @@ def run(
     if runtime.is_cupy_array(arrays[0]):
         return _run_on_gpu(function, arrays, settings, out, algorithm, prepared, lengths)
     if lengths is not None:
-        views = _foreign_views(function, arrays, out)
-        if views is not None:
-            options = {"algorithm": algorithm, "prepared": prepared, "lengths": lengths}
-            result = run(function, views[0], settings, views[1], **options)
-            return result if out is None else out
         return _run_samples_on_cpu(function, arrays, settings, out, lengths, algorithm, prepared)
     return _run_on_cpu(function, arrays, settings, out, algorithm, prepared)
 
@@ -86,7 +78,7 @@ def _run_on_cpu(
     prepared: runtime.PreparedWeight | None,
 ) -> Any:
     by_fft = _fft_algorithm(algorithm)
-    key = _cpu_key(function, arrays, settings) if out is None and by_fft is None else None
+    key = cpu_key(function, arrays, settings) if out is None and by_fft is None else None
     found = None if key is None else _TASKS.get(key)
     if found is not None:
         task, dtype, is_convolution = found
@@ -97,17 +89,14 @@ def _run_on_cpu(
         else:
             _compute(task, arrays, result)
         return result
-    views = _foreign_views(function, arrays, out)
-    if views is not None:
-        result = run(function, views[0], settings, views[1], algorithm=algorithm, prepared=prepared)
-        return result if out is None else out
-    if _has_real_taps(function, arrays):
-        return _run_by_parts(function, arrays, settings, out, algorithm=algorithm, prepared=prepared)
+    of_views = _run_on_views(function, arrays, settings, out, algorithm=algorithm, prepared=prepared)
+    if of_views is not None:
+        return of_views
     task = _check(function, arrays, settings, out)
     if key is not None and all(array is None or array.dtype.isnative for array in arrays):
         p, dtype = task.problem, np.dtype(task.out_dtype or arrays[0].dtype)
         is_convolution = isinstance(p, ConvProblem) and not p.fusion and not task.conjugate_weight
-        _keep(_TASKS, key, (task, dtype, is_convolution))
+        keep(_TASKS, key, (task, dtype, is_convolution))
     plain = [None if array is None else native(array) for array in arrays]
     dtype = cast(Any, plain[0]).dtype
     if out is None:
@@ -196,7 +185,7 @@ def _run_on_gpu(
             return _run_on_gpu(function, arrays, settings, out, algorithm, prepared, lengths)
 
     found, key, ndarray = None, None, cupy.ndarray
-    names = _as_key(settings)
+    names = settings_key(settings)
     if names is not None:
         parts: list[Any] = [function, algorithm, names, prepared is None, lengths is None]
         for array in (*arrays, out):  # `identity`, without calls and tuples for each array
@@ -208,25 +197,20 @@ def _run_on_gpu(
         key = tuple(parts)
         found = _EXECUTORS.get(key)
     if found is None:
-        views = _foreign_views(function, arrays, out)
-        if views is not None:
-            options = {"algorithm": algorithm, "prepared": prepared, "lengths": lengths}
-            result = run(function, views[0], settings, views[1], **options)
-            return result if out is None else out
-        if _has_real_taps(function, arrays):
-            options = {"algorithm": algorithm, "prepared": prepared, "lengths": lengths}
-            return _run_by_parts(function, arrays, settings, out, **options)
+        options = {"algorithm": algorithm, "prepared": prepared, "lengths": lengths}
+        if (of_views := _run_on_views(function, arrays, settings, out, **options)) is not None:
+            return of_views
         task = _check(function, arrays, settings, out)
         by_fft = _fft_executor(task, _fft_algorithm(algorithm), device_index)
-        if lengths is not None and (by_fft is not None or _runs_one_by_one(function, task, settings)):
-            samples = _samples(function, arrays, settings, task, lengths)
+        if lengths is not None and (by_fft is not None or runs_one_by_one(function, task, settings)):
+            samples = samples_of(function, arrays, settings, task, lengths)
             dtype = np.dtype(task.out_dtype or arrays[0].dtype)
             result = runtime.empty_beside(arrays[0], task.shape, dtype) if out is None else out
             compute = partial(run, algorithm=algorithm, prepared=prepared)
-            _run_by_runs(function, arrays, settings, task, samples, result, compute, runtime.clear)
+            run_by_runs(function, arrays, settings, task, samples, result, compute, runtime.clear)
             return result
         executor = by_fft or runtime.make_executor(
-            task.problem if lengths is None else _with_lengths(task.problem),
+            task.problem if lengths is None else with_lengths(task.problem),
             SIGNATURES[function].operands[: len(arrays)],
             arrays,
             out,
@@ -237,14 +221,14 @@ def _run_on_gpu(
         spans = [(0, 0) if array is None else span(array) for array in (*arrays, out)]
         found = executor, task, task.out_dtype or arrays[0].dtype, spans
         if key is not None:
-            _keep(_EXECUTORS, key, found)
+            keep(_EXECUTORS, key, found)
     elif out is not None and _may_overlap(arrays, out, found[3]):
         given = dict(zip(SIGNATURES[function].arrays, arrays, strict=False))
         check_overlap(function, out, given)
     executor, task, dtype, _ = found
     table = None
     if lengths is not None:
-        table = _table(function, task, _samples(function, arrays, settings, task, lengths))
+        table = table_of(function, task, samples_of(function, arrays, settings, task, lengths))
     if out is None:
         out = ndarray(task.shape, dtype)
     executor.run(*arrays, out, prepared=prepared, samples=table)
@@ -280,41 +264,6 @@ def _foreign_views(
     return given, target
 
 
-def _samples(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], task: Task, lengths: Any) -> Samples:
-    """Check the lengths of the samples of a call whose other arguments have been checked."""
-    if task.forward is None:
-        shape = arrays[0].shape
-        return Samples.of_outputs(function, shape[0] if len(shape) == 3 else 1, shape[-1], lengths)
-    return Samples.of(function, task.forward, padding_of(function, settings), lengths)
-
-
-def _runs_one_by_one(function: str, task: Task, settings: tuple[Any, ...]) -> bool:
-    """Whether a GPU needs a call for each run of samples of one length, because their paddings differ."""
-    p = task.forward
-    is_sum = not isinstance(task.problem, ConvProblem)
-    return p is not None and not is_sum and follows_length(p, padding_of(function, settings))
-
-
-def _with_lengths(problem: Problem | None) -> Problem | None:
-    if isinstance(problem, ConvProblem | WeightGradientProblem | BiasGradientProblem):
-        return replace(problem, has_lengths=True)
-    return problem
-
-
-def _table(function: str, task: Task, samples: Samples) -> np.ndarray[Any, Any]:
-    """The table of samples that kernels read: see cuda_src/samples.cuh."""
-    L_in, L_out, left, _ = samples
-    p = task.problem
-    # An input gradient reads the operation's output gradient as its input, and so does the weight gradient of a
-    # transposed convolution as its fine array.
-    is_swapped = (
-        p.transposed if isinstance(p, WeightGradientProblem) else isinstance(p, ConvProblem) and p.op != function
-    )
-    table = np.empty((len(L_in), 3), np.int64)
-    table[:, 0], table[:, 1], table[:, 2] = (L_out, L_in, left) if is_swapped else (L_in, L_out, left)
-    return table
-
-
 def _run_samples_on_cpu(
     function: str,
     arrays: tuple[Any, ...],
@@ -325,13 +274,13 @@ def _run_samples_on_cpu(
     prepared: runtime.PreparedWeight | None,
 ) -> Any:
     """Compute samples of different lengths: each run of one length on views of the arrays."""
-    if _has_real_taps(function, arrays):
-        options = {"lengths": lengths, "algorithm": algorithm, "prepared": prepared}
-        return _run_by_parts(function, arrays, settings, out, **options)
+    options = {"lengths": lengths, "algorithm": algorithm, "prepared": prepared}
+    if (of_views := _run_on_views(function, arrays, settings, out, **options)) is not None:
+        return of_views
     task = _check(function, arrays, settings, out)
     by_fft = _fft_algorithm(algorithm)
     _fft_executor(task, by_fft, None)  # raises the error of an algorithm that does not fit, before anything is computed
-    samples = _samples(function, arrays, settings, task, lengths)
+    samples = samples_of(function, arrays, settings, task, lengths)
     plain = tuple(None if array is None else native(array) for array in arrays)
     if out is None:
         out = np.empty(task.shape, task.out_dtype or arrays[0].dtype)
@@ -347,80 +296,34 @@ def _run_samples_on_cpu(
         part = np.empty_like(sums)
         for start, stop in samples.runs():
             if samples.L_out[start]:
-                views, own = _views(function, plain, settings, task, samples, start, stop)
+                views, own = views_of(function, plain, settings, task, samples, start, stop)
                 compute(function, views, own, part)
                 with np.errstate(all="ignore"):
                     np.add(sums, part, out=sums)
         with np.errstate(all="ignore"):
             result[...] = sums
     else:
-        _run_by_runs(function, plain, settings, task, samples, result, compute, lambda view: view.fill(0))
+        run_by_runs(function, plain, settings, task, samples, result, compute, lambda view: view.fill(0))
     if not is_native:
         out[...] = result
     return out
 
 
-def _run_by_runs(
-    function: str,
-    arrays: tuple[Any, ...],
-    settings: tuple[Any, ...],
-    task: Task,
-    samples: Samples,
-    result: Any,
-    compute: Callable[[str, tuple[Any, ...], tuple[Any, ...], Any], Any],
-    clear: Callable[[Any], None],
-) -> None:
-    """Compute an operation or an input gradient: one call for each run of samples of one length.
+def _run_on_views(
+    function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], out: Any | None, **options: Any
+) -> Any | None:
+    """Compute on views of arrays of other libraries, or of the parts of complex data with real taps.
 
-    `compute` gets the function, views of the arrays of a run, their settings and a view of the result; `clear` fills a
-    view of the result with zeros.
+    Returns:
+        The result; None, and nothing is computed, where the arrays are neither.
     """
-    result = _batched(result)
-    is_forward = isinstance(task.problem, ConvProblem) and task.problem.op == function
-    for start, stop in samples.runs():
-        L_in, L_out = int(samples.L_in[start]), int(samples.L_out[start])
-        length = L_out if is_forward else L_in if L_out else 0  # the rest of the row is zero
-        clear(result[start:stop, :, length:])
-        if length:
-            views, own = _views(function, arrays, settings, task, samples, start, stop)
-            compute(function, views, own, result[start:stop, :, :length])
-
-
-def _views(
-    function: str,
-    arrays: tuple[Any, ...],
-    settings: tuple[Any, ...],
-    task: Task,
-    samples: Samples,
-    start: int,
-    stop: int,
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The arrays and the settings of a call on the samples start to stop - 1, which have one length."""
-    L_in, L_out = int(samples.L_in[start]), int(samples.L_out[start])
-    lengths = {"input": L_in, "grad_output": L_out, RESIDUAL: L_out}
-    views = tuple(
-        _batched(array)[start:stop, :, : lengths[name]] if name in lengths and array is not None else array
-        for name, array in zip(SIGNATURES[function].arrays, arrays, strict=False)
-    )
-    p = task.forward
-    if p is None:
-        return views, settings
-    return views, settings_of_samples(function, settings, p, (stop - start, p.C_in, L_in))
-
-
-def _batched(array: Any) -> Any:
-    return array if array.ndim == 3 else array[np.newaxis]
-
-
-def _has_real_taps(function: str, arrays: tuple[Any, ...]) -> bool:
-    """Whether a call has a real weight and complex data."""
-    return "weight" in SIGNATURES[function].arrays and are_real_taps(arrays[1], arrays[0])
-
-
-def are_real_taps(weight: Any, data: Any) -> bool:
-    """Whether the weight is real and the data are complex; either may be any object, even one without a dtype."""
-    of_weight, of_data = (dtype_name(getattr(array, "dtype", None)) or "" for array in (weight, data))
-    return of_data.startswith("complex") and of_weight.startswith(("float", "bfloat"))
+    views = _foreign_views(function, arrays, out)
+    if views is not None:
+        result = run(function, views[0], settings, views[1], **options)
+        return result if out is None else out
+    if "weight" in SIGNATURES[function].arrays and are_real_taps(arrays[1], arrays[0]):
+        return _run_by_parts(function, arrays, settings, out, **options)
+    return None
 
 
 def _run_by_parts(
@@ -433,7 +336,7 @@ def _run_by_parts(
     check_kinds(function, given)
     check_real_taps(function, given, settings[-1] if isinstance(settings[-1], Fusion) else None)
     if out is not None:  # its real part may share memory with the imaginary part of another array
-        _check_memory(function, out, {name: array for name, array in given.items() if name != "out"})
+        check_out(function, out, {name: array for name, array in given.items() if name != "out"})
     else:
         specs = tuple(None if array is None else ArraySpec(array.shape, weight.dtype) for array in arrays)
         out = runtime.empty_beside(data, Task.of(function, specs, settings).shape, data.dtype)
@@ -441,28 +344,6 @@ def _run_by_parts(
         parts = tuple(array if array is weight or array is None else getattr(array, part) for array in arrays)
         run(function, parts, settings, getattr(out, part), **options)
     return out
-
-
-def check_real_taps(function: str, given: dict[str, ArrayLike], fusion: Fusion | None) -> None:
-    """Check the dtypes of a call with real taps on complex data.
-
-    Args:
-        function: the messages begin with it.
-        given: the arrays by name, the data first; only their dtypes are read.
-        fusion: what is fused.
-
-    Raises:
-        TypeError: a dtype does not fit.
-    """
-    name, data = next(iter(given.items()))
-    dtype = check_dtype(function, name, data, integers=name == "input")
-    if fusion is not None:
-        check_data(function, fusion, dtype)
-    for other, array in given.items():
-        expected = real_dtype(dtype) if other == "weight" else dtype
-        if dtype_name(array.dtype) != expected:
-            real = f" or, for real taps, {expected}" if other == "weight" else ""
-            raise TypeError(f"{function}: {other} must have the dtype of {name}, {dtype}{real}; got {array.dtype}")
 
 
 def run_weight_gradient(
@@ -530,92 +411,8 @@ def _check(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], ou
             raise TypeError(f"{function}: out must have the dtype {task.out_dtype}, got {out.dtype}")
     elif dtype_name(out.dtype) != (dtype := dtype_name(arrays[0].dtype)):
         raise TypeError(f"{function}: out must have the dtype of {names[0]}, {dtype}, got {out.dtype}")
-    _check_memory(function, out, given)
+    check_out(function, out, given)
     return task
-
-
-def _check_memory(function: str, out: Any, given: dict[str, Any]) -> None:
-    """Refuse an `out` that cannot be written or shares memory with itself or with one of the given arrays."""
-    if overlaps_itself(out):
-        raise ValueError(f"{function}: out must not overlap itself, got strides {out.strides} for shape {out.shape}")
-    if isinstance(out, np.ndarray) and not out.flags.writeable:
-        raise ValueError(f"{function}: out must be writeable, got a read-only array")
-    check_overlap(function, out, given)
-
-
-def _keep(cache: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> None:
-    """Keep a value for the next call, unless another call is changing a cache; the next call then makes it again.
-
-    No call waits for the lock, since it might wait forever: a finalizer may make a call while its own thread holds the
-    lock, and a forked process inherits a lock that another thread held.
-    """
-    if _CACHE_LOCK.acquire(blocking=False):
-        try:
-            while len(cache) >= _CACHE_SIZE:
-                del cache[next(iter(cache))]
-            cache[key] = value
-        finally:
-            _CACHE_LOCK.release()
-
-
-def _cpu_key(name: str, arrays: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The cache key of a CPU call: all that its task depends on. None where every call must check its arguments."""
-    names = _as_key(settings)
-    if names is None:
-        return None
-    key: list[Any] = [name, names]
-    for array in arrays:
-        if type(array) is np.ndarray:
-            key += (array.shape, array.dtype)
-        elif array is None:
-            key.append(None)
-        else:
-            return None
-    return tuple(key)
-
-
-_PLAIN_TYPES = frozenset((int, str, type(None), Fusion))
-
-
-def _as_key(settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The settings as a key, with lists as tuples and NumPy integers as ints; None where they cannot be one.
-
-    A key has only ints, strings, None and a `Fusion`. A bool, for example, makes no key: True equals 1 and would find
-    the entry of 1, but must be refused.
-    """
-    for value in settings:
-        kind = type(value)
-        if kind not in _PLAIN_TYPES and (kind is not tuple or not _PLAIN_TYPES.issuperset(map(type, value))):
-            break
-    else:  # the usual case
-        return settings
-
-    def plain(value: Any) -> Any:
-        if type(value) in _PLAIN_TYPES:
-            return value
-        if isinstance(value, list | tuple):
-            return tuple(map(plain, value))
-        if isinstance(value, np.integer):
-            return int(value)
-        raise TypeError
-
-    try:
-        return tuple(map(plain, settings))
-    except TypeError:
-        return None
-
-
-def identity(array: Any) -> tuple[Any, ...] | None:
-    """The properties of a CuPy array on which an executor depends: arrays with equal identities share an executor.
-
-    All other arrays have the identity ("foreign",).
-    """
-    if array is None:
-        return None
-    if not runtime.is_cupy_array(array):
-        return ("foreign",)
-    data = array.data
-    return (array.shape, array.strides, array.dtype, data.device_id, data.ptr & 15)
 
 
 def native(array: Any) -> np.ndarray[Any, Any]:

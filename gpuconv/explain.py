@@ -10,7 +10,6 @@ import numpy as np
 
 from . import cpu, dispatch, fft, runtime
 from .arguments import check_int, check_padding_mode
-from .calls import are_real_taps, check_real_taps
 from .device import ARCHITECTURES, Device
 from .dtypes import real_dtype
 from .explanation import ArgumentLayout, Call, Direction, Explanation
@@ -20,6 +19,7 @@ from .interchange import view
 from .lengths import Samples, follows_length
 from .memory import address, check_kinds
 from .problem import ArrayLike, ArraySpec, BiasGradientProblem, ConvProblem, Op, WeightGradientProblem
+from .real_taps import are_real_taps, check_real_taps
 from .tasks import OPTIONAL, SIGNATURES
 
 __all__ = ["Explanation", "explain"]

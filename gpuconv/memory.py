@@ -70,6 +70,15 @@ def check_overlap(op: str, out: Any, inputs: dict[str, Any]) -> None:
             raise ValueError(f"{op}: out must not overlap {name}, but they share memory")
 
 
+def check_out(function: str, out: Any, given: dict[str, Any]) -> None:
+    """Refuse an `out` that cannot be written or shares memory with itself or with one of the given arrays."""
+    if overlaps_itself(out):
+        raise ValueError(f"{function}: out must not overlap itself, got strides {out.strides} for shape {out.shape}")
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ValueError(f"{function}: out must be writeable, got a read-only array")
+    check_overlap(function, out, given)
+
+
 def _share_memory(a: Any, b: Any) -> bool:
     """Whether two arrays whose byte ranges overlap have a byte in common."""
     try:

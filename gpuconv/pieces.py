@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from . import calls, functional
+from . import functional
 from .arguments import ArraySpec, Op
 from .cases.derived import call_settings, chunk
 from .edge import source_indices
 from .fusion import FUSED_ARRAYS, Fused
 from .lengths import Samples, follows_length
 from .problem import ConvProblem
+from .real_taps import are_real_taps, check_real_taps
 
 _ALIGNED = 64  # outputs: most pieces are a multiple of this, so that their rows are aligned for wide accesses
 
@@ -194,11 +195,11 @@ def problem_of(
     Of the arrays only `.shape` and `.dtype` are read.
     """
     dtype = np.dtype(source.dtype).newbyteorder("=")
-    if not calls.are_real_taps(weight, source):
+    if not are_real_taps(weight, source):
         p = ConvProblem.of(op, source, weight, bias, *settings).fused(fused)
         return p, dtype, dtype if p.out_dtype is None else np.dtype(p.out_dtype)
     given = {"input": source, "weight": weight, "bias": bias, "residual": fused.arrays[0]}
-    calls.check_real_taps(op, {name: array for name, array in given.items() if array is not None}, fused.fusion)
+    check_real_taps(op, {name: array for name, array in given.items() if array is not None}, fused.fusion)
     real = (None if a is None else ArraySpec(tuple(a.shape), weight.dtype) for a in (source, weight, bias))
     residual = fused.arrays[0]
     added = None if residual is None else ArraySpec(tuple(residual.shape), weight.dtype)

@@ -11,12 +11,12 @@ import numpy.typing as npt
 
 from . import fft, functional, grad, reference, runtime
 from .arguments import ArraySpec, check_padding_mode, check_shape
-from .calls import are_real_taps, check_real_taps
 from .dtypes import real_dtype
 from .fusion import Fused
 from .interchange import is_tensor, view
 from .memory import check_kinds
 from .problem import ConvProblem, Op, WeightGradientProblem, bias_gradient_problem, dtype_name, gradient_problem
+from .real_taps import are_real_taps, check_real_taps
 from .reference import Comparison, Sums
 from .tasks import OPTIONAL, SIGNATURES
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from .. import calls, runtime
+from .. import caches, runtime
 from ..memory import check_overlap
 from ..problem import ConvProblem, numpy_dtype
 
@@ -93,7 +93,7 @@ def kind_of(input: Any, out: Any | None) -> tuple[Any, ...] | None:
     """What repeated pushes have in common, besides the position; None for other objects than arrays."""
     if type(input) is np.ndarray and (out is None or type(out) is np.ndarray):
         return (input.shape, input.dtype, None if out is None else (out.shape, out.dtype))
-    return (calls.identity(input), calls.identity(out)) if runtime.is_cupy_array(input) else None
+    return (caches.identity(input), caches.identity(out)) if runtime.is_cupy_array(input) else None
 
 
 class _Computed(Window):

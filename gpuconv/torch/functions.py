@@ -20,10 +20,10 @@ from torch.overrides import (
 )
 
 from ..arguments import check_out_dtype, check_padding_mode, check_precision
-from ..calls import check_real_taps
 from ..fusion import FUSED_ARRAYS, ActivationLike, Fused
 from ..lengths import check_lengths
 from ..problem import MAX_EXTENT, ConvProblem, Op, Padding, Setting, Settings
+from ..real_taps import check_real_taps
 from ..runtime import is_cupy_array
 from . import operators
 from .tensors import Tensor, dtype_name, specs

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 import gpuconv
-from gpuconv import calls, nn, reference, runtime
+from gpuconv import caches, calls, nn, reference, runtime
 from gpuconv.problem import DTYPES, INTEGERS, ConvProblem, numpy_dtype
 from tests.api.test_problem import BAD_CALLS, VALID
 from tests.api.test_problem import construct as construct_from_shapes
@@ -633,7 +633,7 @@ def test_what_equals_a_cached_setting_is_still_refused(cupy: Any, name: str, bad
 def test_the_plan_cache_is_bounded(
     cupy: Any, planned: list[ConvProblem], monkeypatch: pytest.MonkeyPatch, op: str
 ) -> None:
-    monkeypatch.setattr(calls, "_CACHE_SIZE", 3)
+    monkeypatch.setattr(caches, "SIZE", 3)
     weight = cupy.asarray(draw(VALID[op]["weight"]))
     inputs = [cupy.asarray(draw((1, 4, length))) for length in range(10, 16)]
     for x in inputs:
@@ -649,7 +649,7 @@ def test_the_plan_cache_is_bounded(
 
 @pytest.mark.gpu
 def test_concurrent_calls_share_a_small_plan_cache(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "_CACHE_SIZE", 2)
+    monkeypatch.setattr(caches, "SIZE", 2)
     weight = draw((2, 2, 3))
     inputs = [draw((1, 2, length), seed=length) for length in range(4, 10)]
     expected = [gpuconv.conv1d(x, weight) for x in inputs]

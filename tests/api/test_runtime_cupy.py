@@ -450,13 +450,13 @@ def test_a_forked_process_computes_whatever_another_thread_was_at() -> None:
     """It inherits the lock, and no thread that would release it."""
     run_python("""
 import os, signal, threading, warnings, numpy, gpuconv
-from gpuconv import calls
+from gpuconv import caches
 warnings.simplefilter("ignore", DeprecationWarning)
 x, w = numpy.ones((1, 1, 9)), numpy.ones((1, 1, 3))
 held, forked = threading.Event(), threading.Event()
 
 def hold():
-    with calls._CACHE_LOCK:
+    with caches.LOCK:
         held.set()
         forked.wait()
 

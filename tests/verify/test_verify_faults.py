@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from gpuconv import calls, cases, runtime, source
+from gpuconv import caches, calls, cases, runtime, source
 from gpuconv.cases import Case
 from gpuconv.checks import Target
 from gpuconv.checks.families import families_of, families_that_take, far_runs, run_far
@@ -491,7 +491,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Fault], None]]:
 def forget() -> None:
     """Let go of the kernels and of the plans that hold them."""
     forget_kernels()
-    with calls._CACHE_LOCK:
+    with caches.LOCK:
         calls._EXECUTORS.clear()
 
 
