@@ -208,7 +208,7 @@ def output_lengths(
     if runtime.is_cupy_array(lengths):
         if lengths.dtype.kind not in "iu" or lengths.ndim != 1:
             raise TypeError(f"{caller}: lengths must be (N,) integers, got {lengths.dtype} of shape {lengths.shape}")
-        lengths = lengths.astype(np.int64)
+        lengths = runtime.aligned(lengths).astype(np.int64)
     else:
         if not isinstance(lengths, np.ndarray) and not isinstance(lengths, Sequence):
             raise TypeError(f"{caller}: lengths must be an array or a sequence of ints, got {type(lengths).__name__}")

@@ -23,8 +23,7 @@ import numpy as np
 from . import grad, runtime
 from .arguments import check_int
 from .functional import conv1d, conv_transpose1d
-from .memory import take
-from .signal.arrays import computable
+from .signal.arrays import computable, take
 
 __all__ = ["convolve", "convolve_data_adjoint", "convolve_filter_adjoint"]
 

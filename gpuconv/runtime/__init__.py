@@ -3,7 +3,7 @@
 `import gpuconv` imports this package but neither CuPy nor the kernel families, which are imported at their first use.
 """
 
-from .arrays import add, aligned, assign, clear
+from .arrays import add, aligned, assign, clear, copied
 from .executor import Executor, make_executor
 from .gpu import (
     array_module,
@@ -40,6 +40,7 @@ __all__ = [
     "check_dtype",
     "clear",
     "complete",
+    "copied",
     "cuda_versions",
     "cupy_module",
     "current_device_of",

@@ -13,9 +13,15 @@ def aligned(array: Any) -> Any:
     """An array that CuPy can read: the array itself, or a copy if its elements are not at multiples of their size."""
     if not is_cupy_array(array) or _is_aligned(array):
         return array
-    cupy = cupy_module()
+    return copied(array)
+
+
+def copied(array: Any) -> Any:
+    """A C-contiguous copy of an array, at any address, on its device."""
+    if not is_cupy_array(array):
+        return array.copy()
     with current_device_of(array):
-        copy = cupy.empty(array.shape, array.dtype)
+        copy = cupy_module().empty(array.shape, array.dtype)
         assign(copy, array)
         return copy
 

@@ -6,7 +6,7 @@ import threading
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .arrays import assign
+from .arrays import copied
 from .gpu import complete, cupy_module, current_device_of, is_cupy_array, refuse_during_capture, temporary
 from .kernels import Kernel
 
@@ -116,9 +116,6 @@ def prepare(weight: Any) -> PreparedWeight:
     Raises:
         RuntimeError: the current stream is being captured.
     """
-    cupy = cupy_module()
     refuse_during_capture("prepare: weights cannot be prepared", weight.data.device_id)
     with current_device_of(weight):
-        array = cupy.empty(weight.shape, weight.dtype)
-        assign(array, weight)
-        return PreparedWeight(array)
+        return PreparedWeight(copied(weight))

@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, SupportsIndex, TypeVar
 
 import numpy as np
 
-from .. import runtime
+from .. import memory, runtime
 from ..arguments import check_int
 from ..problem import DTYPES, INTEGERS
 
@@ -30,6 +30,11 @@ def on_the_gpu_of_its_arrays(function: Callable[_P, _R]) -> Callable[_P, _R]:
             return function(*args, **kwargs)
 
     return on_that_gpu
+
+
+def take(caller: str, **given: Any) -> tuple[Any, ...]:
+    """`memory.take`; CuPy can compute with these arrays wherever they lie."""
+    return tuple(map(runtime.aligned, memory.take(caller, **given)))
 
 
 def check_one_of(caller: str, name: str, value: Any, allowed: Sequence[str]) -> None:

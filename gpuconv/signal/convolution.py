@@ -9,8 +9,7 @@ import numpy as np
 
 from .. import runtime
 from ..functional import conv1d
-from ..memory import take
-from .arrays import axis_last, check_one_of, computable, on_the_gpu_of_its_arrays, put_back, result_type
+from .arrays import axis_last, check_one_of, computable, on_the_gpu_of_its_arrays, put_back, result_type, take
 from .fft import by_fft, floating
 
 MODES = ("full", "same", "valid")

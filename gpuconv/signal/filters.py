@@ -11,7 +11,6 @@ import numpy as np
 from .. import runtime
 from ..arguments import check_int
 from ..functional import conv1d
-from ..memory import take
 from .arrays import (
     axis_last,
     check_factor,
@@ -21,6 +20,7 @@ from .arrays import (
     put_back,
     real_type,
     result_type,
+    take,
 )
 from .convolution import convolve_last_axis
 
@@ -180,7 +180,7 @@ def resample_poly(
     xp = runtime.array_module(x)
     inexact = x.dtype if x.dtype.kind in "fcV" else np.dtype(np.float64)
     if isinstance(window, list) or hasattr(window, "ndim"):
-        h = xp.asarray(window)
+        h = runtime.aligned(xp.asarray(window))
         if h.ndim > 1:
             raise ValueError(f"resample_poly: window must have one axis, got {h.ndim}: {tuple(h.shape)}")
         h = h.astype(result_type(h, xp.empty(0, inexact)))

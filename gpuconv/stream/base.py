@@ -97,16 +97,16 @@ class Stream:
         self._span = self._dilation * (shape[2] - 1) + 1
         self._left, self._right = self._sides(caller, settings)
         fused = Fused.check(caller, activation, input_activation)
-        check_kinds(caller, {"weight": self._weight.array, **fused.given})
+        _, *channels = take(caller, weight=self._weight.array, **fused.given)
         self.slots = check_int(caller, "slots", slots, "an int", 1, MAX_STEP)
         self._call: Any = getattr(functional, self.op)
         with self._here():
-            self._bias = None if bias is None else bias.copy()
+            self._bias = None if bias is None else runtime.copied(bias)
+            copies = dict(zip(fused.given, map(runtime.copied, channels), strict=True))
             self._keywords: dict[str, Any] = {
                 "precision": precision,
                 "algorithm": algorithm,
-                "activation": _copied(activation),
-                "input_activation": _copied(input_activation),
+                **fused.fusion.as_arguments(copies),
             }
             self._samples = self._empty((self.slots, self._channels, 0))
         # Pushes may run on any CUDA stream.
@@ -296,7 +296,7 @@ class Stream:
             )
         self._refuse_capture()
         with self._here():
-            self._samples, self._in_window, self._last = samples.copy(), False, None
+            self._samples, self._in_window, self._last = runtime.copied(samples), False, None
         self._positions = [Position(int(h), int(a), int(s), bool(r)) for h, a, s, r in positions]
 
     def clone(self: StreamT) -> StreamT:
@@ -420,11 +420,3 @@ class Stream:
         self._samples[chosen, :, : position.held] = samples
         for slot in chosen:
             self._positions[slot] = position
-
-
-def _copied(activation: ActivationLike | None) -> ActivationLike | None:
-    """An activation with copies of its arrays."""
-    if activation is None or isinstance(activation, str):
-        return activation
-    parts: Sequence[Any] = activation
-    return tuple(part.copy() if hasattr(part, "shape") else part for part in parts)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import scipy.signal
 
-from gpuconv import signal
+from gpuconv import signal, sigpy
+from tests.api.test_runtime_cupy import shifted
 
 COUNT = 500  # random problems for each function
 FLOATS = ("float32", "float64", "complex64", "complex128")
@@ -318,6 +319,22 @@ def test_arrays_of_another_gpu_stay_there(cupy: Any) -> None:
             found = call(on_gpu, taps)
             assert found.data.device_id == 1
             np.testing.assert_allclose(found.get(), call(x, h), rtol=1e-12)
+
+
+@pytest.mark.gpu
+def test_a_gpu_reads_arrays_at_any_address(cupy: Any) -> None:
+    x, h, state = np.arange(30.0, dtype=np.float32), np.arange(1.0, 6.0), np.arange(4.0)
+    calls: tuple[Callable[[Any, Any, Any], Any], ...] = (
+        lambda x, h, _: signal.convolve(x, h),
+        lambda x, h, state: signal.firfilter(h, x, zi=state)[0],
+        lambda x, h, _: signal.upfirdn(h, x, 2, 3, mode="reflect"),
+        lambda x, h, _: signal.resample_poly(x, 2, 3, window=h, padtype="mean"),
+        lambda x, *_: signal.decimate_fir(x, 2, 6),
+        lambda x, h, _: sigpy.convolve(x, h),
+    )
+    for call in calls:
+        found = call(*(shifted(cupy, array) for array in (x, h, state)))
+        np.testing.assert_array_equal(found.get(), call(*map(cupy.asarray, (x, h, state))).get())
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import pytest
 import gpuconv
 from gpuconv import nn, reference, runtime, stream
 from gpuconv.problem import ConvProblem, Op
+from tests.api.test_runtime_cupy import shifted
 from tests.conftest import Launches
 
 COUNT = 300  # random streams of each operation
@@ -200,6 +202,21 @@ def test_arrays_of_any_byte_order_stream() -> None:
         np.testing.assert_array_equal(out, whole[:, start - 2 : start])
 
 
+@pytest.mark.torch
+def test_tensors_of_a_layer() -> None:
+    import torch
+
+    rng = np.random.default_rng(5)
+    w, bias, alpha, before, x = (rng.uniform(1, 2, shape) for shape in ((3, 2, 4), (3,), (3,), (2,), (2, 9)))
+
+    def push(put: Any) -> Any:
+        activation, input_activation = ("snake", put(alpha)), ("snake", put(before), put(before))
+        s = stream.Conv1d(put(w), put(bias), activation=activation, input_activation=input_activation)
+        return s.push(put(x))
+
+    np.testing.assert_array_equal(push(torch.from_numpy), push(np.asarray))
+
+
 def test_integers_stream_to_sums() -> None:
     rng = np.random.default_rng(5)
     x, w = rng.integers(-100, 100, (2, 20), "int8"), rng.integers(-100, 100, (3, 2, 4), "int8")
@@ -267,6 +284,24 @@ def test_a_gpu_gives_the_bits_of_one_call(cupy: Any, op: Op, dtype: str) -> None
         parts, s = in_pieces(rng, layer.stream(2, cupy.asarray), x, cupy.asarray)
         whole = layer.whole(x, cupy.asarray)
         np.testing.assert_array_equal(cupy.concatenate([*parts, s.flush()], axis=-1).get(), whole.get())
+
+
+@pytest.mark.gpu
+def test_a_gpu_reads_arrays_at_any_address(cupy: Any) -> None:
+    x, w, bias = (np.arange(1.0, 1 + math.prod(shape)).reshape(shape) for shape in ((2, 30), (2, 2, 3), (2,)))
+
+    def push(put: Any) -> Any:
+        alpha, beta, before = map(put, (bias, 2 * bias, bias))
+        s = stream.Conv1d(put(w), put(bias), activation=("snake", alpha, beta), input_activation=("snake", before))
+        parts = [s.push(put(x[:, start : start + 4])) for start in range(0, 20, 4)]
+        state = s.state()
+        s.load_state({**state, "samples": put(cupy.asnumpy(state["samples"]))})
+        return cupy.concatenate([*parts, s.push(put(x[:, 20:]))], axis=-1).get()
+
+    np.testing.assert_array_equal(push(lambda array: shifted(cupy, array)), push(cupy.asarray))
+    lengths = np.array([5, 9, 1])
+    found = gpuconv.output_lengths(shifted(cupy, lengths), 3)
+    np.testing.assert_array_equal(found.get(), gpuconv.output_lengths(lengths, 3))
 
 
 @pytest.mark.gpu
