@@ -119,7 +119,7 @@ def conv1d(
         weight: a NumPy array as in `gpuconv.conv1d`, as are bias and the arrays of activations.
         bias: (C_out,), or None.
         stride, padding, dilation, groups, padding_mode: as in `gpuconv.conv1d`.
-        out: a target of the output's shape and dtype. It must not share storage with `source` or `residual`.
+        out: a target of the output's shape and dtype. It must not share storage with the arguments.
         max_bytes: limit for the pieces of input and output that are in host memory at once; on a GPU these are two
             pieces, which need as much of the GPU's memory. The input counts twice, because a source may return copies.
             The CPU path's buffers are not included: 28 MiB, or a quarter of a piece where that is more.
@@ -353,9 +353,10 @@ def _convolve(
     residual, *of_channels = fused.arrays
     arrays = (weight, bias, *of_channels)
     names = ("weight", "bias", *FUSED_ARRAYS[1:])
-    memory.check_kinds(op, {n: a for n, a in zip(names, arrays, strict=True) if a is not None or n == "weight"})
+    given = {n: a for n, a in zip(names, arrays, strict=True) if a is not None or n == "weight"}
+    memory.check_kinds(op, given)
     p, dtype, out_dtype = problem_of(op, source, weight, bias, settings, fused)
-    _check_target(op, p, out, out_dtype, {"source": source, "residual": residual})
+    _check_target(op, p, out, out_dtype, {"source": source, "residual": residual, **given})
     own = None if lengths is None else Lengths.of(p, settings[1], lengths)
     engine = (_OnGpu if device == "gpu" else _OnCpu)(dtype, out_dtype, arrays)
     pieces = Pieces.cut(p, dtype.itemsize, out_dtype.itemsize, max_bytes, engine.sets, has_lengths=own is not None)
@@ -416,15 +417,13 @@ def _convolve(
     return out
 
 
-def _check_target(op: Op, p: ConvProblem, out: Target, dtype: np.dtype[Any], inputs: dict[str, Source | None]) -> None:
+def _check_target(op: Op, p: ConvProblem, out: Target, dtype: np.dtype[Any], inputs: dict[str, Any]) -> None:
     if tuple(out.shape) != p.output_shape:
         raise ValueError(f"{op}: out must have shape {p.output_shape}, got {tuple(out.shape)}")
     if np.dtype(out.dtype).newbyteorder("=") != dtype:
         raise TypeError(f"{op}: out must have dtype {dtype}, got {out.dtype}")
     if isinstance(out, np.ndarray):
-        if not out.flags.writeable:
-            raise ValueError(f"{op}: out must be writeable, got a read-only array")
-        memory.check_overlap(op, out, {n: a for n, a in inputs.items() if isinstance(a, np.ndarray)})
+        memory.check_out(op, out, {n: a for n, a in inputs.items() if isinstance(a, np.ndarray)})
 
 
 def _checksum(block: Any, dtype: np.dtype[Any]) -> int:

@@ -55,6 +55,19 @@ def _hint(name: str, array: object) -> str:
     return f"; pass np.asarray({name})" if isinstance(array, list | tuple) else ""
 
 
+def check_out(op: str, out: Any, inputs: dict[str, Any]) -> None:
+    """Refuse an `out` that cannot be written or shares memory with itself or with an input.
+
+    Raises:
+        ValueError: it names the input.
+    """
+    if overlaps_itself(out):
+        raise ValueError(f"{op}: out must not overlap itself, got strides {out.strides} for shape {out.shape}")
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ValueError(f"{op}: out must be writeable, got a read-only array")
+    check_overlap(op, out, inputs)
+
+
 def check_overlap(op: str, out: Any, inputs: dict[str, Any]) -> None:
     """Refuse an `out` that shares memory with an input.
 
@@ -68,15 +81,6 @@ def check_overlap(op: str, out: Any, inputs: dict[str, Any]) -> None:
         array_low, array_high = _byte_range(array)
         if array_low < high and low < array_high and _share_memory(out, array):
             raise ValueError(f"{op}: out must not overlap {name}, but they share memory")
-
-
-def check_out(function: str, out: Any, given: dict[str, Any]) -> None:
-    """Refuse an `out` that cannot be written or shares memory with itself or with one of the given arrays."""
-    if overlaps_itself(out):
-        raise ValueError(f"{function}: out must not overlap itself, got strides {out.strides} for shape {out.shape}")
-    if isinstance(out, np.ndarray) and not out.flags.writeable:
-        raise ValueError(f"{function}: out must be writeable, got a read-only array")
-    check_overlap(function, out, given)
 
 
 def _share_memory(a: Any, b: Any) -> bool:

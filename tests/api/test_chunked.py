@@ -318,6 +318,12 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     assert refusal(ValueError, source=same[:, :3], out=same[..., :92]) == (
         "conv1d: out must not overlap source, but they share memory"
     )
+    assert refusal(ValueError, weight=same[0, :, :27].reshape(4, 3, 9), out=same[..., :92]) == (
+        "conv1d: out must not overlap weight, but they share memory"
+    )
+    assert refusal(ValueError, out=np.broadcast_to(same[:1, :1, :92], (2, 4, 92))).startswith(
+        "conv1d: out must not overlap itself, got strides (0, 0, 8)"
+    )
     assert refusal(ValueError, algorithm="nothing").startswith("conv1d: algorithm must be None or one of base, ")
     assert refusal(TypeError, weight=w.tolist()).startswith("conv1d: weight must be a NumPy or CuPy array, got list")
     lengths = "conv1d: lengths must be from 0 to L_in = 100, got lengths[1] = 101"
