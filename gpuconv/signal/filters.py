@@ -190,15 +190,18 @@ def resample_poly(
         h = xp.asarray(_low_pass(2 * half + 1, 1 / max(up, down), window).astype(real_type(inexact)))
     h = h * h.dtype.type(up)
     signals, place = axis_last("resample_poly", x.astype(inexact, copy=False), axis)
+    wide = result_type(h, signals)
+    if wide == np.float16:  # as SciPy: only the taps are rounded to it
+        wide = np.dtype(np.float32)
     if signals.shape[-1] == 0:
-        return x.astype(result_type(h, signals))
+        return x.astype(wide)
     background = None
     if padtype in _BACKGROUNDS:
         measure = {"maximum": xp.max, "mean": xp.mean, "median": xp.median, "minimum": xp.min}[padtype]
         background = measure(signals, axis=-1, keepdims=True)
         signals = signals - background
         padtype = "constant"
-    signals = signals.astype(result_type(h, signals), copy=False)
+    signals = signals.astype(wide, copy=False)
     L = signals.shape[-1]
     length = -(-L * up // down)
     # The output is aligned with the middle of the filter.

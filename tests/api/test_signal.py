@@ -125,6 +125,13 @@ def test_random_resample_poly() -> None:
         assert_close(found, scipy.signal.resample_poly(x, up, down, axis, window, padtype))
 
 
+@pytest.mark.parametrize("padtype", ["constant", "line", "mean"])
+def test_half_precision_is_resampled_in_single(padtype: str) -> None:
+    x = draw(np.random.default_rng(12), 60, "float16")
+    assert_close(signal.resample_poly(x, 3, 2, padtype=padtype), scipy.signal.resample_poly(x, 3, 2, padtype=padtype))
+    assert signal.resample_poly(x[:0], 3, 2).dtype == np.float32
+
+
 def test_random_decimate() -> None:
     rng = np.random.default_rng(6)
     for _ in range(COUNT):
