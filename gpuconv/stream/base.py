@@ -300,13 +300,15 @@ class Stream:
         self._positions = [Position(int(h), int(a), int(s), bool(r)) for h, a, s, r in positions]
 
     def clone(self: StreamT) -> StreamT:
-        """A copy of the stream that shares the weights and continues independently."""
-        twin = copy.copy(self)
+        """A copy of the stream that shares the weights and continues independently, as `copy.copy` makes it."""
+        return copy.copy(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: not the window, which they make again when their pushes repeat."""
         with self._here():
-            twin._samples = self._held().copy()
-        twin._positions = [*self._positions]
-        twin._window, twin._window_of, twin._in_window, twin._last = None, None, False, None
-        return twin
+            samples = self._held().copy()
+        own = {"_samples": samples, "_positions": [*self._positions]}
+        return {**vars(self), **own, "_window": None, "_window_of": None, "_in_window": False, "_last": None}
 
     def __repr__(self) -> str:
         weight, padding = f"{self._weight.shape} {self._weight.dtype}", (self._left, self._right)

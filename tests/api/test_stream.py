@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -173,6 +175,24 @@ def test_a_clone_goes_on_by_itself() -> None:
     assert repr(s) == "stream.Conv1d(weight (1, 1, 3) float64, stride=1, padding=(2, 0), dilation=1, groups=1, slots=1)"
 
 
+def check_copies(put: Any) -> None:
+    """Copies and pickles of a stream go on by themselves, also while pushes repeat."""
+    x, w = put(np.arange(40.0).reshape(2, 20)), put(np.arange(1.0, 7.0).reshape(1, 2, 3))
+    whole, xp = gpuconv.conv1d(x, w), runtime.array_module(x)
+    for how in (copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))):
+        for pushes in range(1, 5):
+            s = stream.Conv1d(w)
+            parts = [s.push(x[:, 2 * i : 2 * i + 2]) for i in range(pushes)]
+            twin = how(s)
+            s.push(xp.full((2, 2), np.nan))
+            parts += [twin.push(x[:, 2 * i : 2 * i + 2]) for i in range(pushes, 10)]
+            assert (xp.concatenate(parts, axis=-1) == whole).all()
+
+
+def test_copies_and_pickles() -> None:
+    check_copies(np.asarray)
+
+
 def test_out_is_written() -> None:
     s = stream.Conv1d(np.ones((1, 1, 3)), padding="causal")
     out = np.zeros((1, 2))
@@ -284,6 +304,11 @@ def test_a_gpu_gives_the_bits_of_one_call(cupy: Any, op: Op, dtype: str) -> None
         parts, s = in_pieces(rng, layer.stream(2, cupy.asarray), x, cupy.asarray)
         whole = layer.whole(x, cupy.asarray)
         np.testing.assert_array_equal(cupy.concatenate([*parts, s.flush()], axis=-1).get(), whole.get())
+
+
+@pytest.mark.gpu
+def test_copies_and_pickles_on_a_gpu(cupy: Any) -> None:
+    check_copies(cupy.asarray)
 
 
 @pytest.mark.gpu
