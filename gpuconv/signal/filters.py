@@ -253,7 +253,8 @@ def decimate_fir(x: Any, q: int, n: int | None = None, axis: int = -1, zero_phas
 def _polyphase(h: Any, x: Any, up: int, down: int, first: int, length: int) -> Any:
     """``y[l] = sum over k of h[k] * x[(l*down + first - k)/up]`` for l < length, over the terms that exist.
 
-    Each of the ``up/gcd`` phases of l is an output channel of one convolution, with the taps that multiply samples.
+    Each of the ``up/gcd`` phases of l is an output channel of a convolution, with the taps that multiply samples. One
+    convolution computes neighbouring phases, whose windows together are at most twice as long as each.
     """
     xp, result = runtime.array_module(x), result_type(x, h)
     if 0 in x.shape:
@@ -262,18 +263,26 @@ def _polyphase(h: Any, x: Any, up: int, down: int, first: int, length: int) -> A
     phases, step = up // common, down // common
     # Output l = q*phases + r reads x[q*step + i] with the tap k = r*down + first - i*up.
     ends = [(-(-(r * down + first - (h.size - 1)) // up), (r * down + first) // up) for r in range(phases)]
-    low, high = min(low for low, _ in ends), max(high for _, high in ends)
-    taps = np.array([[r * down + first - i * up for i in range(low, high + 1)] for r in range(phases)])
-    exists = (taps >= 0) & (taps < h.size)
-    w = xp.where(xp.asarray(exists), h[xp.asarray(np.where(exists, taps, 0))], xp.zeros((), h.dtype))
-    positions = -(-length // phases)
-    # The window of output q begins at q*step + low, which may be before x, and the last window may end behind x.
-    L = x.shape[-1]
-    left = max(0, -low)
-    right = max(0, (positions - 1) * step + high + 1 - L)
-    signals, w = computable(x[..., max(0, low) :], w)
-    y = conv1d(signals.reshape(-1, 1, signals.shape[-1]), w[:, None, :], stride=step, padding=(left, right))
-    y = y[..., :positions].swapaxes(-1, -2).reshape(*x.shape[:-1], positions * phases)[..., :length]
+    longest = 2 * max(1, *(high - low + 1 for low, high in ends))
+    positions, parts, start = -(-length // phases), [], 0
+    while start < phases:
+        low, stop = ends[start][0], start + 1
+        while stop < phases and ends[stop][1] - low < longest:
+            stop += 1
+        high = max(low, ends[stop - 1][1])  # a phase may have no tap
+        taps = np.array([[r * down + first - i * up for i in range(low, high + 1)] for r in range(start, stop)])
+        exists = (taps >= 0) & (taps < h.size)
+        w = xp.where(xp.asarray(exists), h[xp.asarray(np.where(exists, taps, 0))], xp.zeros((), h.dtype))
+        # The window of output q begins at q*step + low, which may be before x, and the last window may end behind x.
+        end = (positions - 1) * step + high + 1
+        signals, w = computable(x[..., max(0, low) : max(0, end)], w)
+        signals = signals.reshape(math.prod(x.shape[:-1]), 1, signals.shape[-1])
+        left = max(0, -low)
+        padding = (left, end - low - left - signals.shape[-1])
+        parts.append(conv1d(signals, w[:, None, :], stride=step, padding=padding))
+        start = stop
+    y = parts[0] if len(parts) == 1 else xp.concatenate(parts, axis=1)
+    y = y.swapaxes(-1, -2).reshape(*x.shape[:-1], positions * phases)[..., :length]
     return (y != 0) if result.kind == "b" else y.astype(result, copy=False)
 
 

@@ -132,6 +132,18 @@ def test_half_precision_is_resampled_in_single(padtype: str) -> None:
     assert signal.resample_poly(x[:0], 3, 2).dtype == np.float32
 
 
+@pytest.mark.parametrize(("up", "down", "K"), [(160, 147, 3201), (147, 160, 3201), (160, 441, 8821), (7, 300, 5)])
+def test_rates_with_many_phases(up: int, down: int, K: int) -> None:
+    """A NaN spoils few results besides those that have it as a term."""
+    rng = np.random.default_rng(13)
+    for L in (1, 700, 2000):
+        x, h = rng.standard_normal(L), rng.standard_normal(K)
+        assert_close(signal.upfirdn(h, x, up, down), scipy.signal.upfirdn(h, x, up, down))
+    x[1000] = np.nan
+    found, expected = (np.isnan(each.upfirdn(h, x, up, down)).sum() for each in (signal, scipy.signal))
+    assert expected <= found <= max(3, 3 * expected)
+
+
 def test_random_decimate() -> None:
     rng = np.random.default_rng(6)
     for _ in range(COUNT):
