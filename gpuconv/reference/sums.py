@@ -243,7 +243,7 @@ class Sums:
         operand = OPERAND_ROUNDOFF[self.precision]
         gamma += (1 + gamma) * (2 * operand + operand**2)
         left, right = self._magnitudes(self.left), self._magnitudes(self.right)
-        tiny: Any = accumulator.smallest_normal * (2 * n + 2) + real.smallest_normal * real.roundoff
+        tiny: Any = accumulator.smallest_normal * (2 * n + 2)
         with np.errstate(invalid="ignore", over="ignore"):
             if self.left_error is not None:
                 left = left + self.left_error
@@ -255,9 +255,11 @@ class Sums:
             small_left, small_right = self._subnormal_parts(self.left), self._subnormal_parts(self.right)
             if small_left.any() or small_right.any():
                 tiny = tiny + self.evaluate(small_left, right, None) + self.evaluate(left, small_right, None)
-            of_sums = gamma * magnitude + tiny
+            of_sums = gamma * magnitude + tiny + real.smallest_normal * real.roundoff
             if self.activation is None:
-                return _Bounds(np.asarray(of_sums + real.roundoff * np.abs(exact)), of_sums, magnitude)
+                # What is rounded is the computed sum, which underflow may have made larger than the exact one.
+                rounded = real.roundoff * (np.abs(exact) + tiny)
+                return _Bounds(np.asarray(of_sums + rounded), of_sums, magnitude)
             moved = self.activation.error(before, exact, accumulator, of_sums)
             result = moved + real.roundoff * (np.abs(exact) + moved) + real.smallest_normal * real.roundoff
             return _Bounds(np.asarray(result), of_sums, magnitude)

@@ -649,6 +649,15 @@ def test_whole_product_may_be_flushed_with_its_operand(swap: bool) -> None:
         assert right(p, np.full((1, 1, 1), result, np.float32), x, w).all() == passes, result
 
 
+def test_what_is_left_of_a_sum_after_a_flush_is_rounded() -> None:
+    """Without the product of the second operand, which is subnormal, the sum is larger than the exact one."""
+    dtype = numpy_dtype("bfloat16")
+    x, w = np.array([[[1.0, -(2.0**-127)]]]).astype(dtype), np.array([[[129 / 128, 2.0**127]]]).astype(dtype)
+    problem = ConvProblem.conv1d(x, w, bias := np.array([1 / 256]).astype(dtype))
+    left = np.float32(129 / 128 + 1 / 256).astype(dtype)  # halfway between two numbers
+    assert reference.within_bound(problem, np.full((1, 1, 1), left), x, w, bias).all()
+
+
 def test_products_of_normal_numbers_may_be_flushed() -> None:
     p, x, w = of_one_channel("float32", [1e-20, 2e-20], [1e-20, 1e-19])
     for result, passes in ((0, True), (2.1e-39, True), (1e-36, False)):
