@@ -424,20 +424,23 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
                     yield mma_packing.config("pack_im2col_weight", dtype, precision, bits, IN_CHUNKS=1)
 
 
+def round_stages(tasks: int, tile: Tile, reduction: Reduction) -> int:
+    """Stages in which a batch of the next chunk's `tasks` arrives: as few rounds as leave one for every batch."""
+    batches = -(-tasks // tile.threads)
+    stages = max(1, -(-reduction.stages // batches))
+    return stages if -(-reduction.stages // stages) >= batches else max(1, reduction.stages // batches)
+
+
 def _tiling_params(reduction: Reduction, tiling: Tiling, arithmetic: Arithmetic) -> dict[str, int]:
     """The fields of Params that describe the order of summation and the tiles."""
-    batches = -(-_input_tasks(tiling.tile, tiling.window, reduction, arithmetic) // tiling.tile.threads)
-    # As few rounds as leave one for every batch.
-    round_stages = max(1, -(-reduction.stages // batches))
-    if -(-reduction.stages // round_stages) < batches:
-        round_stages = max(1, reduction.stages // batches)
+    tasks = _input_tasks(tiling.tile, tiling.window, reduction, arithmetic)
     return {
         "row_tiles": tiling.row_tiles,
         "column_tiles": tiling.column_tiles,
         "sample_tiles": tiling.sample_tiles,
         **reduction.params(),
         "num_tiles": tiling.blocks,
-        "round_stages": round_stages,
+        "round_stages": round_stages(tasks, tiling.tile, reduction),
         **tiling.window.params(),
     }
 
