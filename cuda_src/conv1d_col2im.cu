@@ -7,8 +7,8 @@
 //
 // The products and sums of col2im.cuh.
 //
-// Grid x: blocks of block_results positions (fastest), then samples, then groups. Grid y and z: 1. Dynamic shared memory: that
-// of mma.cuh, or a block's products, whichever is more; behind it the sums of a block's results.
+// Grid x: blocks of block_results results of each row (fastest), then samples, then groups. Grid y and z: 1. Dynamic shared
+// memory: that of mma.cuh, or a block's products, whichever is more.
 // Before it pack_col2im_weight.cu packs the weights.
 // Needs float16, bfloat16 (sm_80) or float32 (sm_80) arrays of any strides, in elements. Chosen for stride 1, at most 8 output
 // channels a group and at least 48 weights for each input; see gpuconv/families/conv_col2im.py.

@@ -1,17 +1,17 @@
-// conv_transpose1d_col2im: transposed convolution, stride 1, of layers with few output channels a group and many taps, on tensor
-// cores.
+// conv_transpose1d_col2im: transposed convolution of layers with few output channels a group and many taps, on tensor cores.
 //
 //   output[n, c_out, l_out] = bias[c_out]
 //       + sum over c_in < C_in_g, k < K of weight[g*C_in_g + c_in, c_out % C_out_g, k] * input[n, g*C_in_g + c_in, l_in],
-//   g = c_out / C_out_g,   l_in = l_out + padding_left - k*dilation,   taps outside [0, L_in) left out.
+//   g = c_out / C_out_g,   l_in*stride = l_out + padding_left - k*dilation,   taps without such an l_in left out.
 //
 // The products and sums of col2im.cuh.
 //
-// Grid x: blocks of block_results positions (fastest), then samples, then groups. Grid y and z: 1. Dynamic shared memory: that
-// of mma.cuh, or a block's products, whichever is more; behind it the sums of a block's results.
+// Grid x: blocks of block_results results of each row (fastest), then samples, then groups. Grid y and z: 1. Dynamic shared
+// memory: that of mma.cuh, or a block's products, whichever is more.
 // Before it pack_col2im_weight.cu packs the weights.
-// Needs float16, bfloat16 (sm_80) or float32 (sm_80) arrays of any strides, in elements. Chosen for stride 1, at most 8 output
-// channels a group and at least 48 weights for each input; see gpuconv/families/conv_col2im.py.
+// Needs float16, bfloat16 (sm_80) or float32 (sm_80) arrays of any strides, in elements. Chosen for at most 8 output
+// channels a group, at most 16 times the stride, and at least 48 weights for each input, for stride or dilation 1; see
+// gpuconv/families/conv_col2im.py.
 
 #define IS_TRANSPOSED 1
 

@@ -76,10 +76,10 @@ in those of the transposed operation C_in and C_out change places. Where C_in/gr
 group are enough for them except in float32; where it is less, they need 8 taps, and in float32 also C_in/groups times K
 from 32. Very short samples stay on CUDA cores where tensor cores could miss the bound.
 
-Up to 8 output channels a group run on tensor cores where the stride is 1, C_in/groups is from 48 to 4095, C_out/groups
-times K from 48 (in the transposed operation with dilation from 8), and dilation times (K - 1) at most 128; as split
-TF32 the transposed operation alone, with dilation times (K - 1) at most 32. Up to 4 output channels a group without
-dilation need 3072 weights in a group, 8192 as split TF32, and in TF32 no more than others. Everything else, and float64
+Other layers with up to 8 output channels a group run on tensor cores where the stride is 1, C_in/groups is from 48 to
+4095, C_out/groups times K from 48 (as split TF32 from 60, in the transposed operation with dilation from 8), and
+dilation times (K - 1) at most 128 (as split TF32 at most 80). So do those of the transposed operation with a stride up
+to 12 / (C_out/groups) and below K, dilation 1, and (K - 1) / stride up to the same limits. Everything else, and float64
 and complex data, runs on CUDA cores.
 
 `gpuconv.reference` gives each result an error bound. For float16, bfloat16 and TF32, which tensor cores may sum, it

@@ -1,13 +1,13 @@
 """The kernel families in order of preference: dispatch takes the first one of a kind that does not refuse the problem.
 
+- `conv1d_col2im` (of stride 1), `conv_transpose1d_col2im` (of stride or dilation 1): up to 8 output channels a group
+  and long kernels (profile heads, gradients of stems and filter banks), on tensor cores. Runs of taps meet each
+  position of the input, and results are sums along the diagonals of that product.
 - `conv1d_mma`, `conv_transpose1d_mma`: dense and grouped layers on tensor cores. The input window is transposed and
   staged once for all taps; long reductions are cut into segments.
 - `conv1d_im2col`, `conv_transpose1d_im2col` (of stride 1): fewer than 8 input channels a group and long kernels (filter
   banks, spectrograms), on tensor cores. The reduction runs over neighbouring taps, and the input window is staged once
   for all of them.
-- `conv1d_col2im`, `conv_transpose1d_col2im` (both of stride 1): up to 8 output channels a group and long kernels
-  (profile heads, gradients of stems), on tensor cores. All taps meet each position of the input, and results are sums
-  along the diagonals of that product.
 - `conv1d_toeplitz`: one input channel a group, at least 64 taps (128 in TF32), stride and dilation 1, on tensor cores.
   128 results of a row are a product with a matrix of blocks of taps.
 - `conv1d_depthwise`, `conv_transpose1d_depthwise`: one input channel a group. Rows are partitioned among threads, with
@@ -82,12 +82,12 @@ from .weight_gradient_tiled import WeightGradientTiled
 # Families on tensor cores come first: which layers they take must not depend on N or L, since their bits differ from
 # those of the others. The families on CUDA cores give the same bits, so the choice among them may depend on N and L.
 FAMILIES: tuple[Family[Any], ...] = (
+    Conv1dCol2im(),
+    ConvTranspose1dCol2im(),
     Conv1dMma(),
     ConvTranspose1dMma(),
     Conv1dIm2col(),
     ConvTranspose1dIm2col(),
-    Conv1dCol2im(),
-    ConvTranspose1dCol2im(),
     Conv1dToeplitz(),
     Conv1dDepthwise(),
     Conv1dSkinny(),

@@ -109,7 +109,7 @@ def pack_in_order(
         problem: whose weights are packed.
         layout: of its arrays.
         num_vectors: that it writes of each part.
-        own: fields of Params besides those that say where the taps lie.
+        own: fields of Params besides, or in place of, those that say where the taps lie.
         macros: of the kernel alone.
     """
     p, parts, fields = problem, ARITHMETICS[problem.dtype, problem.precision].parts, conv_fields(problem, layout)
@@ -123,6 +123,6 @@ def pack_in_order(
         "weight_stride_k": -stride_k if p.transposed else stride_k,
     }
     bits = index_bits(p, layout, Overhang(), num_vectors * parts + grid * BLOCK_SIZE, abs(of_group))
-    launch = Launch(grid, BLOCK_SIZE, 0, bits, params_of(kernel, fields, {**own, **taps}))
+    launch = Launch(grid, BLOCK_SIZE, 0, bits, params_of(kernel, fields, {**taps, **own}))
     step = Step(config(kernel, p.dtype, p.precision, bits, **macros), launch, ("weight", PACKED))
     return step, num_vectors * parts * UNIT_BYTES

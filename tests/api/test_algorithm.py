@@ -135,5 +135,5 @@ def test_a_plan_that_is_kept_for_one_algorithm_serves_no_other(op: str, launched
         for algorithm, family in ((None, preferred), ("base", BASE[op]), (BASE[op], BASE[op]), (f"{op}_mma",) * 2):
             call.run(algorithm)
             assert launched[-1] == family
-    with pytest.raises(dispatch.AlgorithmError, match=f"^{op}: algorithm must be None or one of base, {op}_mma, "):
+    with pytest.raises(dispatch.AlgorithmError, match=f"^{op}: algorithm must be None or one of base, {op}_col2im, "):
         call.run("fast")

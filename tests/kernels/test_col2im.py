@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,15 @@ from gpuconv.families.conv_col2im import (
     MAX_BLOCK_M,
     MAX_BLOCK_N,
     MAX_REACH,
+    MAX_RUN_ROWS,
+    MAX_RUN_TERMS,
     MIN_C_IN_G,
     MIN_DILATED_WEIGHTS,
+    MIN_ROW_TAPS,
     MIN_WEIGHTS,
     Conv1dCol2im,
     ConvTranspose1dCol2im,
+    Runs,
 )
 from gpuconv.families.mma_tiles import Tile
 from gpuconv.problem import ConvProblem
@@ -61,18 +66,19 @@ Array = npt.NDArray[Any]
 FAMILY: dict[str, Family] = {family.kind: family for family in (Conv1dCol2im(), ConvTranspose1dCol2im())}
 MODES = ("float16", "bfloat16", "float32", "tf32")
 
-# Channels that fill no unit, one chunk and several; several blocks and passes; rows of even length and of odd; padding
-# beyond the taps.
+# Channels that fill no unit, one chunk and several; several blocks; rows of even length and of odd; padding beyond the
+# taps; last runs that hold taps of the one before; phases with fewer taps, and results in front of the output.
 PROBLEMS = {
     "head": ConvProblem("conv1d", 2, 50, 2, 300, 31, 1, 15, 15, has_bias=True),
-    "dilated groups": ConvProblem("conv1d", 3, 100, 10, 83, 10, 1, 25, 40, 3, groups=2, has_bias=True),
+    "dilated groups": ConvProblem("conv1d", 3, 100, 10, 83, 12, 1, 25, 40, 3, groups=2, has_bias=True),
     "odd": ConvProblem("conv1d", 2, 67, 3, 131, 25, has_bias=True),
     "stem gradient": ConvProblem("conv_transpose1d", 2, 64, 5, 90, 11, 1, 5, 5, has_bias=True),
     "transposed groups": ConvProblem("conv_transpose1d", 2, 153, 15, 301, 7, 1, 29, 5, 5, groups=3, has_bias=True),
+    "filter bank gradient": ConvProblem("conv_transpose1d", 2, 80, 2, 60, 71, 5, 3, 5, output_padding=4, has_bias=True),
+    "few rows": ConvProblem("conv_transpose1d", 2, 100, 2, 90, 9, 1, 32, 32, 8, groups=2, has_bias=True),
+    "strided groups": ConvProblem("conv_transpose1d", 2, 100, 6, 131, 27, 2, 14, groups=2, has_bias=True),
 }
-# By operation.
-MODES_OF = {"conv1d": ("float16", "bfloat16", "tf32"), "conv_transpose1d": MODES}
-EVERY = {f"{name}-{mode}": (p, mode) for name, p in PROBLEMS.items() for mode in MODES_OF[p.op]}
+EVERY = {f"{name}-{mode}": (p, mode) for name, p in PROBLEMS.items() for mode in MODES}
 every_problem = pytest.mark.parametrize(("problem", "mode"), EVERY.values(), ids=EVERY.keys())
 
 at = cases.in_format
@@ -81,17 +87,18 @@ takes, run = partial(tensor_cores.takes, FAMILY), partial(tensor_cores.run_by, F
 
 @st.composite
 def layers(draw: st.DrawFn) -> ConvProblem:
-    groups, K = draw(st.sampled_from((1, 1, 2, 3))), draw(st.integers(1, 140))
-    dilation = draw(st.integers(1, max(1, 150 // K)))
+    op, groups, K = draw(st.sampled_from(tuple(FAMILY))), draw(st.sampled_from((1, 1, 2, 3))), draw(st.integers(1, 140))
+    stride = draw(st.sampled_from((1, 1, 2, 5) if op == "conv_transpose1d" else (1, 1, 1, 2)))
+    dilation = draw(st.integers(1, max(1, 150 // K // stride)))
     span = dilation * (K - 1) + 1
     return ConvProblem(
-        draw(st.sampled_from(("conv1d", "conv_transpose1d"))),
+        op,
         N=1,
         C_in=groups * draw(st.integers(40, 90)),
         C_out=groups * draw(st.integers(1, 9)),
         L_in=span + draw(st.integers(0, 50)),
         K=K,
-        stride=draw(st.sampled_from((1, 1, 1, 2))),
+        stride=stride,
         padding_left=draw(st.integers(0, span - 1)),
         dilation=dilation,
         groups=groups,
@@ -101,7 +108,7 @@ def layers(draw: st.DrawFn) -> ConvProblem:
 def order(problem: ConvProblem, device: Device) -> dict[str, int]:
     """The order of summation, as the kernel is told it."""
     _, launch = kernel_of(FAMILY[problem.op], problem, Layout.contiguous(problem), device)
-    return {name: dict(launch.params)[name] for name in ("units", "chunks", "pairs", "C_in_g", "K")}
+    return {name: dict(launch.params)[name] for name in ("run_taps", "runs", "units", "chunks", "pairs", "K")}
 
 
 @settings(max_examples=80)
@@ -117,35 +124,65 @@ def test_architectures(arch: str) -> None:
     device = Device.from_arch(arch)
     for problem in PROBLEMS.values():
         taken = {mode for mode in MODES if takes(at(problem, mode), device)}
-        assert taken == (set(MODES_OF[problem.op]) if arch != "sm_75" else {"float16"})
+        assert taken == (set(MODES) if arch != "sm_75" else {"float16"})
         assert not takes(replace(problem, dtype="float64"), device)
         assert not takes(replace(problem, dtype="complex64"), device)
 
 
 def test_the_limits() -> None:
-    for op, modes in MODES_OF.items():
-        layer = ConvProblem(op, 2, MIN_C_IN_G, 6, 400, MIN_WEIGHTS // 6)
-        assert [mode for mode in MODES if takes(at(layer, mode))] == [mode for mode in MODES if mode in modes]
-        assert not any(takes(at(replace(layer, **{name: value}), mode)) for mode in MODES for name, value in (
-            ("K", layer.K - 1), ("C_in", MIN_C_IN_G - 1), ("C_in", 4096), ("C_out", 9), ("stride", 2)
-        ))  # fmt: skip
-        for mode in modes:
-            K = MAX_REACH[2 if mode == "float32" else 1] + 1
-            assert takes(at(replace(layer, K=K), mode))
-            assert not takes(at(replace(layer, K=K + 1), mode))
+    for op, mode in product(FAMILY, MODES):
+        parts = 2 if mode == "float32" else 1
+        layer = at(ConvProblem(op, 2, MIN_C_IN_G, 2, 400, MIN_WEIGHTS[parts] // 2), mode)
+        assert takes(layer)
+        for name, value in (("K", layer.K - 1), ("C_in", MIN_C_IN_G - 1), ("C_in", 4096), ("C_out", 9)):
+            assert not takes(replace(layer, **{name: value}))
+        K = MAX_REACH[parts] + 1
+        assert takes(replace(layer, K=K))
+        assert not takes(replace(layer, K=K + 1))
         dilated = replace(layer, C_out=1, K=MIN_DILATED_WEIGHTS, dilation=2)
-        assert all(takes(at(dilated, mode)) == (op == "conv_transpose1d") for mode in modes)
-        # Of up to 4 output channels: the K from which on a layer of so many input channels is taken.
-        for modes_of, C_in, K in ((("float16", "bfloat16"), 48, 16), (("tf32",), 48, 12), (("float32",), 128, 16)):
-            few = ConvProblem(op, 2, C_in, 4, 400, K)
-            for mode in set(modes_of) & set(modes):
-                assert takes(at(few, mode))
-                assert not takes(at(replace(few, K=K - 1), mode))
-                assert takes(at(replace(few, C_out=5, K=10), mode))
-                assert takes(at(replace(few, K=12, dilation=2), mode))
+        assert takes(dilated) == (op == "conv_transpose1d")
+        strided = replace(layer, K=80, stride=MAX_RUN_ROWS // 2)
+        assert takes(strided) == (op == "conv_transpose1d")
+        assert not takes(replace(strided, stride=strided.stride + 1))
+        assert not takes(replace(strided, dilation=2))
+        assert not takes(replace(layer, C_out=1, K=60, stride=60))
+        # Layers that conv1d_mma or conv_transpose1d_mma takes otherwise.
+        wide = replace(layer, C_out=8, K=MIN_ROW_TAPS)
+        assert takes(wide)
+        assert takes(replace(wide, K=MIN_ROW_TAPS - 1)) == (parts == 2)
+        most = MAX_RUN_TERMS // Runs.of(wide).run_taps
+        assert takes(replace(wide, C_in=most))
+        assert takes(replace(wide, C_in=most + 1)) == (parts == 2)
     largest = [tile for arithmetic in ARITHMETICS.values() for tile in conv_col2im.tiles(arithmetic, H200)]
     assert max(tile.block_m for tile in largest) == MAX_BLOCK_M
     assert max(tile.block_n for tile in largest) == MAX_BLOCK_N
+
+
+@settings(max_examples=200)
+@given(C_out=st.integers(1, 8), stride=st.integers(1, 16), K=st.integers(6, 1000))
+def test_runs_hold_every_tap_once_and_fit_a_block(C_out: int, stride: int, K: int) -> None:
+    """Rows of each phase: the last run alone begins before the one in front of it ends."""
+    p = ConvProblem("conv_transpose1d", 1, 64, C_out, 3, K, min(stride, MAX_RUN_ROWS // C_out, K - 1))
+    found = Runs.of(p)
+    assert found.rows * found.runs <= MAX_BLOCK_M
+    for phase in range(p.stride):
+        taps = len(range(phase, K, p.stride))
+        assert found.taps - 1 <= taps <= found.taps
+        assert (found.runs - 1) * found.run_taps < found.taps <= found.runs * found.run_taps
+        assert found.run_taps <= taps
+
+
+def test_runs_of_layers() -> None:
+    """Two fragments of rows, which share what they load of the input, unless one suffices for all taps."""
+
+    def runs(*args: Any) -> tuple[int, int]:
+        found = Runs.of(ConvProblem("conv_transpose1d", 1, 64, *args))
+        return found.run_taps, found.runs
+
+    assert runs(1, 9, 251, 10) == (9, 3)  # SincNet
+    assert runs(2, 9, 75) == (5, 15)  # BPNet
+    assert runs(4, 9, 15) == (2, 8)  # Enformer
+    assert runs(1, 9, 9) == (1, 9)  # MiniRocket
 
 
 @every_problem
@@ -166,14 +203,20 @@ def only_tile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tile], None]:
     return leave
 
 
+def fitting(tile: Tile) -> list[str]:
+    """The problems whose runs a tile holds."""
+    found = {name: Runs.of(p) for name, p in PROBLEMS.items()}
+    return [
+        name
+        for name, runs in found.items()
+        if runs.rows * runs.runs <= tile.block_m and runs.rest_taps * PROBLEMS[name].dilation < tile.block_n
+    ]
+
+
 ITEMS = [
-    (mode, tile, name)
+    (mode, tile, fitting(tile)[i % len(fitting(tile))])
     for mode in ("float16", "float32")
-    for tile, name in zip(
-        conv_col2im.tiles(ARITHMETICS[mode, "float32"], H200),
-        [name for name, p in PROBLEMS.items() if mode in MODES_OF[p.op]] * 2,
-        strict=False,
-    )
+    for i, tile in enumerate(conv_col2im.tiles(ARITHMETICS[mode, "float32"], H200))
 ]
 
 
@@ -203,7 +246,7 @@ def test_bits_do_not_depend_on_where_a_result_lies(problem: ConvProblem, mode: s
     first = (p.K - 1) * p.dilation if p.transposed else 0
     for shift in (1, 2, 7):
         output = run(replace(p, L_in=p.L_in - shift), Data(x[..., shift:], w, None))
-        assert_same_bits(output[..., first:], expected[..., first + shift :], shift)
+        assert_same_bits(output[..., first:], expected[..., first + shift * p.stride :], shift)
 
 
 @every_problem
@@ -251,7 +294,7 @@ def test_values_outside_the_window_change_no_bit(problem: ConvProblem, mode: str
         changed[0, 0, l_in] = value
         output = run(p, Data(changed, w, b))
         starts = np.arange(p.L_out) - p.padding_left
-        distance = np.arange(p.L_out) + p.padding_left - l_in if p.transposed else l_in - starts
+        distance = np.arange(p.L_out) + p.padding_left - l_in * p.stride if p.transposed else l_in - starts
         taps, rest = np.divmod(distance, p.dilation)
         outside = (rest != 0) | (taps < 0) | (taps >= p.K)
         assert outside.any()
@@ -264,7 +307,7 @@ def test_values_outside_the_window_change_no_bit(problem: ConvProblem, mode: str
 
 
 @pytest.mark.parametrize("padding_mode", PADDING_MODES[1:])
-@pytest.mark.parametrize("mode", MODES_OF["conv1d"])
+@pytest.mark.parametrize("mode", MODES)
 def test_padding_that_means_samples_gives_the_bits_of_padded_input(mode: str, padding_mode: str) -> None:
     check_padding_mode(run, at(PROBLEMS["head"], mode), padding_mode)
 
@@ -281,7 +324,7 @@ def test_results_that_read_nothing_but_padding_are_the_bias() -> None:
 @pytest.mark.parametrize("kind", HARD | HARD_TO_SPLIT)
 @pytest.mark.parametrize("mode", ["float32", "tf32", "bfloat16"])
 def test_hard_data(mode: str, kind: str, rule: TensorCores) -> None:
-    for seed, problem in enumerate(p for p in PROBLEMS.values() if mode in MODES_OF[p.op]):
+    for seed, problem in enumerate(PROBLEMS.values()):
         p = at(problem, mode)
         data = hard_data(p, (HARD | HARD_TO_SPLIT)[kind], seed)
         assert_right(p, run(p, data), data, (kind, rule))
@@ -291,7 +334,7 @@ def test_hard_data(mode: str, kind: str, rule: TensorCores) -> None:
 @pytest.mark.parametrize("C_in", [MIN_C_IN_G, 201])
 def test_sums_of_one_sign(mode: str, C_in: int, rule: TensorCores) -> None:
     """The sums of channels are cut off, those of taps rounded."""
-    p = at(ConvProblem("conv_transpose1d", 1, C_in, 5, 70, 24), mode)
+    p = at(ConvProblem("conv_transpose1d", 1, C_in, 2, 70, 30), mode)
     for data in data_of_one_sign(p):
         assert_right(p, run(p, data), data, rule)
 

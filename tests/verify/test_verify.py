@@ -504,7 +504,7 @@ def test_a_family_that_no_case_reaches_fails_the_run(
     assert report.failures == ()
     assert not report.ok
     assert "conv1d_mma" in report.unreached
-    assert str(report).splitlines()[-1].startswith("FAILED: no case reaches conv1d_mma, ")
+    assert str(report).splitlines()[-1].startswith("FAILED: no case reaches conv1d_col2im, ")
     assert f"{'conv1d_mma':<28}  NOT REACHED by any case" in str(report).splitlines()
     assert report.to_dict()["ok"] is False
     for restriction in ({"filter": "up_k1"}, {"dtypes": "float32"}, {"family": "conv_transpose1d_gather"}):

@@ -107,16 +107,16 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "pack_col2im_weight drops the first tap": Fault(
         "pack_col2im_weight",
-        "tap < p.K && pair",
-        "tap > 0 && tap < p.K && pair",
+        "tap >= run * p.run_taps;",
+        "tap >= run * p.run_taps && tap > 0;",
         "conv1d_col2im",
         "bpnet_head_49_5",
         "float16",
     ),
-    "conv_transpose1d_col2im drops the last tap of a pass": Fault(
+    "conv_transpose1d_col2im drops the last run but one": Fault(
         "conv_transpose1d_col2im",
-        "tap < taps; ++tap) {",
-        "tap + 1 < taps; ++tap) {",
+        "run + 1 < runs; ++run",
+        "run + 2 < runs; ++run",
         "conv_transpose1d_col2im",
         "up_channels_52_5",
         "float16",
