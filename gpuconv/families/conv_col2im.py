@@ -67,7 +67,7 @@ _TILES = (
     Tile(32, 512, 1, 4, 2, 4),
     Tile(32, 256, 1, 4, 3, 4),
     Tile(32, 64, 1, 4, 4, 4),
-    Tile(16, 256, 1, 4, 4, 4),
+    Tile(16, 256, 1, 4, 3, 4),
 )
 _SPLIT_TILES = (
     Tile(32, 256, 1, 4, 2, 2),
@@ -75,8 +75,9 @@ _SPLIT_TILES = (
     Tile(16, 256, 1, 4, 3, 4),
 )
 MAX_BLOCK_N = 512
-# The only one of 64-bit offsets: its window holds the reach of any layer.
-BASE_TILE = (32, 256)
+# Of the only tile with 64-bit offsets, by the parts of an operand: more than the reach of any layer. With more, split
+# products spill on sm_100 and sm_120.
+BASE_COLUMNS = {1: 256, 2: 128}
 # Of a block's products in shared memory: see kPitch and kLaneSums in col2im.cuh.
 PITCH_GAP = 8
 LANE_SUMS = 2
@@ -191,7 +192,8 @@ def tiles(arithmetic: Arithmetic, device: Device, bits: int = 32) -> tuple[Tile,
     """The tiles of an arithmetic. sm_75 has no shared memory for the products of 512 columns."""
     found = _SPLIT_TILES if arithmetic.parts == 2 else _TILES
     if bits != 32:
-        return tuple(tile for tile in found if (tile.block_m, tile.block_n) == BASE_TILE)
+        base = MAX_BLOCK_M, BASE_COLUMNS[arithmetic.parts]
+        return tuple(tile for tile in found if (tile.block_m, tile.block_n) == base)
     return tuple(tile for tile in found if _product_bytes(tile) <= device.shared_per_block)
 
 
