@@ -315,30 +315,7 @@ __device__ __forceinline__ void multiply_slice(
     });
 
     int buffer = 0, steps = 0;  // of the chunk that lies in shared memory
-#pragma unroll 1
-    for (;;) {
-        // The next chunk is on its way while this one is multiplied.
-        const bool has_next = n < s.n_end;
-#if COARSE_LAST
-        coarse_chunk = keep_in_register_global(coarse + (n * p.coarse_stride_n + l * p.coarse_stride_l));
-#endif
-#if FINE_LAST
-        l_fine = keep_in_register(l * p.stride);
-        fine_chunk = keep_in_register_global(fine + (n * p.fine_stride_n + l_fine * p.fine_stride_l));
-#endif
-        CoarseRuns ahead_coarse[kAheadCoarse];
-        FineRuns ahead_fine[kAheadFine];
-#pragma unroll
-        for (int i = 0; i < kAheadCoarse; ++i) {
-            const auto task = coarse_task(i);
-            if (has_next && is_coarse(task)) load_coarse(ahead_coarse[i], buffer ^ 1, task);
-        }
-#pragma unroll
-        for (int i = 0; i < kAheadFine; ++i) {
-            const auto task = fine_task(i);
-            if (has_next && is_fine(task)) load_fine(ahead_fine[i], buffer ^ 1, task);
-        }
-
+    const auto multiply_chunk = [&] {
         const unsigned char* a = coarse_side.buffer(buffer) + a_address;
         const unsigned char* b = fine_side.buffer(buffer);
         int steps_of_sample = sample_steps;
@@ -377,6 +354,41 @@ __device__ __forceinline__ void multiply_slice(
                 b += sample_skip;
             }
         }
+    };
+#pragma unroll 1
+    for (;;) {
+        // The next chunk is on its way while this one is multiplied.
+        const bool has_next = n < s.n_end;
+#if COARSE_LAST
+        coarse_chunk = keep_in_register_global(coarse + (n * p.coarse_stride_n + l * p.coarse_stride_l));
+#endif
+#if FINE_LAST
+        l_fine = keep_in_register(l * p.stride);
+        fine_chunk = keep_in_register_global(fine + (n * p.fine_stride_n + l_fine * p.fine_stride_l));
+#endif
+        CoarseRuns ahead_coarse[kAheadCoarse];
+#pragma unroll
+        for (int i = 0; i < kAheadCoarse; ++i) {
+            const auto task = coarse_task(i);
+            if (has_next && is_coarse(task)) load_coarse(ahead_coarse[i], buffer ^ 1, task);
+        }
+        // Of fine in batches, so that one loop body serves all; the first of them arrives while this chunk is multiplied.
+#pragma unroll 1
+        for (int first = 0; first == 0 || first * kThreads < fine_tasks; first += kAheadFine) {
+            FineRuns ahead_fine[kAheadFine];
+#pragma unroll
+            for (int i = 0; i < kAheadFine; ++i) {
+                const auto task = fine_task(first + i);
+                if (has_next && is_fine(task)) load_fine(ahead_fine[i], buffer ^ 1, task);
+            }
+            if (first == 0) multiply_chunk();
+            if (!has_next) break;
+#pragma unroll
+            for (int i = 0; i < kAheadFine; ++i) {
+                const auto task = fine_task(first + i);
+                if (is_fine(task)) store_fine(ahead_fine[i], task, buffer ^ 1);
+            }
+        }
         if (!has_next) break;
 
         buffer ^= 1;
@@ -385,24 +397,12 @@ __device__ __forceinline__ void multiply_slice(
             const auto task = coarse_task(i);
             if (is_coarse(task)) coarse_side.store<kCopiesCoarse>(ahead_coarse[i], task, buffer);
         }
-#pragma unroll
-        for (int i = 0; i < kAheadFine; ++i) {
-            const auto task = fine_task(i);
-            if (is_fine(task)) store_fine(ahead_fine[i], task, buffer);
-        }
 #pragma unroll 1
         for (int i = kAheadCoarse; i * kThreads < kCoarseTasks; ++i) {
             const auto task = coarse_task(i);
             if (!is_coarse(task)) continue;
             load_coarse(ahead_coarse[0], buffer, task);
             coarse_side.store<kCopiesCoarse>(ahead_coarse[0], task, buffer);
-        }
-#pragma unroll 1
-        for (int i = kAheadFine; i * kThreads < fine_tasks; ++i) {
-            const auto task = fine_task(i);
-            if (!is_fine(task)) continue;
-            load_fine(ahead_fine[0], buffer, task);
-            store_fine(ahead_fine[0], task, buffer);
         }
         const index_t positions =
             p.chunk_samples > 1 ? min_index(p.chunk_samples, s.n_end - n) * sample_rows : s.l_end - l;
