@@ -365,7 +365,7 @@ __device__ __forceinline__ void store_tile(
                 }
             }
             sum_again = sum_again || is_nan(check);
-            if (!PHASES_IN_ROWS || tile.output_step == 1) {
+            if (!PHASES_IN_ROWS) {  // else the stride is at least 2: the rows of a single phase are channels
 #pragma unroll
                 for (int j = 0; j < kTilesN; ++j) reinterpret_cast<Vector<storage_t, 2>*>(to)[4 * j] = pairs[j];
             } else {
