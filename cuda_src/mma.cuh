@@ -70,8 +70,7 @@
 // Where SEGMENT_MODE is 1: adds a thread's sums of a segment, where IS_SPLIT those of the small products too, to its totals in
 // shared memory (kTilesM by kTilesN times four, kThreads apart). The last totals are left in `acc`; before, new sums begin. One
 // loop body serves all rows, which move up behind one another, as in store_tile.
-template <bool kIsLast>
-__device__ __forceinline__ void add_to_totals(AccVector* totals, Sums& acc, Sums& low) {
+__device__ __forceinline__ void add_to_totals(AccVector* totals, bool is_last, Sums& acc, Sums& low) {
 #pragma unroll 1
     for (int i = 0; i < kTilesM; ++i, totals += kTilesN * kThreads) {
         acc_t next[kTilesN][4];
@@ -81,9 +80,9 @@ __device__ __forceinline__ void add_to_totals(AccVector* totals, Sums& acc, Sums
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 total.element[e] += IS_SPLIT ? acc[0][j][e] + low[0][j][e] : acc[0][j][e];
-                next[j][e] = kIsLast ? total.element[e] : 0.0f;
+                next[j][e] = is_last ? total.element[e] : 0.0f;
             }
-            if (!kIsLast) totals[j * kThreads] = total;
+            totals[j * kThreads] = total;
         }
         move_sums_up(acc);
         if (IS_SPLIT) move_sums_up(low);
@@ -499,16 +498,18 @@ __device__ __forceinline__ void multiply_tile(
             input += fold_skip;
         }
         stages_end += chunk_stages;
-        if (SEGMENT_MODE == 1 && chunk >= chunk_begin && --segment_left == 0 && chunk + 1 < chunk_end) {
-            segment_left = window.segment_chunks;
-            add_to_totals<false>(my_totals, IS_SPLIT ? part : acc, low);
+        if (SEGMENT_MODE == 1 && chunk >= chunk_begin) {
+            const bool is_last = chunk + 1 == chunk_end;
+            if (--segment_left == 0 || is_last) {
+                segment_left = window.segment_chunks;
+                add_to_totals(my_totals, is_last, IS_SPLIT ? part : acc, low);
+            }
         }
     }
-    if (SEGMENT_MODE == 1) {
-        add_to_totals<true>(my_totals, IS_SPLIT ? part : acc, low);
-        if (IS_SPLIT) for_each_sum([&](int i, int j, int e) { acc[i][j][e] = part[i][j][e]; });
-    } else if (IS_SPLIT) {
-        for_each_sum([&](int i, int j, int e) { acc[i][j][e] = part[i][j][e] + low[i][j][e]; });
+    if (IS_SPLIT) {
+        for_each_sum([&](int i, int j, int e) {
+            acc[i][j][e] = SEGMENT_MODE == 1 ? part[i][j][e] : part[i][j][e] + low[i][j][e];
+        });
     }
     copy_async_wait_group<0>();
     __syncthreads();
