@@ -49,6 +49,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) pack_mma_weight(
         if (row_tile >= p.row_tiles) break;
         const BoxRow from(i, box, p);
         const index_t before = ((box.product * p.row_tiles + row_tile) * p.chunks + chunk) * p.pairs;
+#pragma unroll 1
         for (int j = lane / 8; j < box_pairs; j += 4) {
             const int unit = j / box_taps, tap = j - unit * box_taps;
             const index_t pair = (box.tap + tap) * p.units + (first_unit + unit - chunk * p.units);
