@@ -103,6 +103,7 @@ struct RawWeights {
             weight = tile.weight + (tile.row_begin * line_vectors(tile) + chunk * box.vectors);
         }
         // Pairs that only fill up the last stage have zero weights.
+#pragma unroll 1
         for (index_t i = window.units * tile.row_taps * (kParts * BLOCK_M) + threadIdx.x; i < packed_vectors(window);
              i += kThreads) {
             packed[i] = StorageVector();
