@@ -47,8 +47,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) pack_weight(
         const BoxRow from(i, box, p);
         acc_t* const to = packed + ((box.product * p.row_tiles + row_tile) * p.padded_terms + first_term) * p.block_rows +
             (row - row_tile * p.block_rows);
-        for (int j = lane / 8; j < box_terms; j += 4) {
-            const int c_in = j / box_taps, tap = j - c_in * box_taps;
+        int c_in = 0, tap = lane / 8;
+#pragma unroll 1
+        for (int j = lane / 8; j < box_terms; j += 4, tap += 4) {
+#pragma unroll 1
+            for (; tap >= box_taps; tap -= box_taps) ++c_in;
             to[j * p.block_rows] = from.has(tap) ? scalar::load(shared[from.place(c_in, tap)]) : scalar::zero();
         }
     }
