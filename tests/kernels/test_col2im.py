@@ -72,7 +72,7 @@ PROBLEMS = {
     "head": ConvProblem("conv1d", 2, 50, 2, 300, 31, 1, 15, 15, has_bias=True),
     "dilated groups": ConvProblem("conv1d", 3, 100, 10, 83, 12, 1, 25, 40, 3, groups=2, has_bias=True),
     "odd": ConvProblem("conv1d", 2, 67, 3, 131, 25, has_bias=True),
-    "stem gradient": ConvProblem("conv_transpose1d", 2, 64, 5, 90, 11, 1, 5, 5, has_bias=True),
+    "stem gradient": ConvProblem("conv_transpose1d", 2, 64, 4, 90, 15, 1, 7, 7, has_bias=True),
     "transposed groups": ConvProblem("conv_transpose1d", 2, 153, 15, 301, 7, 1, 29, 5, 5, groups=3, has_bias=True),
     "filter bank gradient": ConvProblem("conv_transpose1d", 2, 80, 2, 60, 71, 5, 3, 5, output_padding=4, has_bias=True),
     "few rows": ConvProblem("conv_transpose1d", 2, 100, 2, 90, 9, 1, 32, 32, 8, groups=2, has_bias=True),
