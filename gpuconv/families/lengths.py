@@ -58,6 +58,9 @@ def plan(family: Family[Any], problem: Problem, layout: Layout, device: Device) 
         assert isinstance(p, WeightGradientProblem | BiasGradientProblem)
         if not family.keeps_lengths:
             return Refusal("needs samples of one length")
+        # Without a stride, windows reach over an edge in all samples that have windows, or in none.
+        if isinstance(p, WeightGradientProblem) and p.stride == 1 and not any(p.edge_windows):
+            p = replace(p, padding_mode="zeros")
         found = family.plan(p, layout, device)
         return found if isinstance(found, Refusal) else _keeping_lengths(family, found)
     if family.keeps_lengths:

@@ -196,6 +196,9 @@ def test_a_mode_of_padding_without_padding_is_exchanged() -> None:
     assert plan == plan_of(FAMILY, zeros, Layout.contiguous(p), DEVICE)
     assert plan.steps[0].arrays == ("fine", "coarse", "partial", None)
     assert FAMILY.work(p, plan.steps[0]) == FAMILY.work(zeros, plan.steps[0])
+    of_lengths = [dispatch.choose(replace(q, has_lengths=True), Layout.contiguous(q), DEVICE) for q in (p, zeros)]
+    assert of_lengths[0] == of_lengths[1]
+    assert is_exchanged(replace(p, has_lengths=True))
 
 
 def test_arrays_keep_their_names() -> None:
