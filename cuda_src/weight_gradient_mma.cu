@@ -304,8 +304,9 @@ __device__ __forceinline__ void multiply_slice(
         for (int i = 0; i + 1 < kLoads; ++i) b_address[i] = b_address[i + 1];
         b_address[kLoads - 1] = pair_address(pair < pairs ? row : 0, window_half, lane);
     }
-    const int sample_steps = sample_rows / kStepRows;
-    const int sample_skip = (sample_window_rows - sample_rows) * 16;
+    // No step is behind the last position of a sample: what its zeros meet in fine might be infinite.
+    const int sample_steps = (int(min_index(s.l_end - s.l_begin, sample_rows)) + kStepRows - 1) / kStepRows;
+    const int sample_skip = (sample_window_rows - sample_steps * kStepRows) * 16;
 
     Sums low;    // where IS_SPLIT: sums of the small products
     Sums total;  // and of the large ones
@@ -352,6 +353,8 @@ __device__ __forceinline__ void multiply_slice(
             if (--steps_of_sample == 0) {
                 steps_of_sample = sample_steps;
                 b += sample_skip;
+                // Samples of short chunks have one step.
+                if (CHUNK_ROWS > 2 * kStepRows) a += (sample_rows - sample_steps * kStepRows) * 16;
             }
         }
     };
@@ -404,9 +407,8 @@ __device__ __forceinline__ void multiply_slice(
             load_coarse(ahead_coarse[0], buffer, task);
             coarse_side.store<kCopiesCoarse>(ahead_coarse[0], task, buffer);
         }
-        const index_t positions =
-            p.chunk_samples > 1 ? min_index(p.chunk_samples, s.n_end - n) * sample_rows : s.l_end - l;
-        steps = (int(min_index(positions, CHUNK_ROWS)) + kStepRows - 1) / kStepRows;
+        steps = p.chunk_samples > 1 ? int(min_index(p.chunk_samples, s.n_end - n)) * sample_steps
+                                    : (int(min_index(s.l_end - l, CHUNK_ROWS)) + kStepRows - 1) / kStepRows;
         l += sample_rows;
         if (l >= s.l_end) {
             l = s.l_begin;

@@ -549,6 +549,22 @@ def test_bits_do_not_depend_on_the_chunks_of_samples(use_tile: Any) -> None:
     assert_same_bits(*results, p)
 
 
+@pytest.mark.parametrize(("N", "L", "cut"), [(3, 40, Slices(1, 3, 40, 1)), (1, 138, Slices(5, 1, 32, 5))])
+def test_no_chunk_has_steps_behind_the_last_position(
+    N: int, L: int, cut: Slices, use_tile: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Infinities that zeros alone would meet there make no sum one that is formed again, whatever the chunk."""
+    p = problem(16, 16, L, 16, ("float32", "tf32"), N=N, padding_left=22, dilation=3)
+    coarse, fine = normal(p)
+    fine[:, :, -(-L // STEP) * STEP - 20] = np.inf  # 2 positions behind what the last step meets with the first tap
+    results = []
+    for rows in (32, 128):
+        use_tile(1, replace(mma.TILES[1][-1], chunk_rows=rows))
+        monkeypatch.setattr(mma, "_cut", lambda _: (cut, ()))
+        results.append(run(p, coarse, fine))
+    assert_same_bits(*results, p)
+
+
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_only_terms_that_exist_count(mode: tuple[str, str]) -> None:
     """Infinities that meet padding or other slices give no NaN; those that meet a term spread to its results alone."""
