@@ -75,13 +75,14 @@ __device__ __forceinline__ storage_t finish_gradient(acc_t sum, bool is_conjugat
 // The sum of one slice for tap k over the terms that exist: what weight_gradient_direct.cu computes, and the NaN fallback of
 // the others. coarse and fine begin with the channels r and c, sample 0, position 0. Unrolling by kUnroll pays only where this
 // computes all results. Where it does not, a test of every position takes less code than the divisions of existing_range; the
-// compiler must not turn the test into loops of their own.
+// compiler must not turn the test into loops of their own. In padding modes other than zeros hardly any position is left out.
 template <int kUnroll = 1, typename P>
 __device__ __forceinline__ acc_t canonical_slice_sum(
     const storage_t* coarse, const storage_t* fine, index_t k, const Slice& s, const P& p SAMPLES_PARAMETER) {
     index_t offset = k * p.dilation - p.padding_left;  // position of fine that l = 0 meets
     index_t L_fine = p.L_fine;
-    Range existing = kUnroll == 1 ? Range{0, p.L_coarse} : existing_range(offset, p.stride, p.L_coarse, L_fine);
+    constexpr bool kTestsPositions = kUnroll == 1 && kIsEmptyOutside;
+    Range existing = kTestsPositions ? Range{0, p.L_coarse} : existing_range(offset, p.stride, p.L_coarse, L_fine);
     index_t l_begin = max_index(s.l_begin, existing.begin), l_end = min_index(s.l_end, existing.end);
     acc_t acc = scalar::zero();
 #pragma unroll 1
@@ -99,8 +100,8 @@ __device__ __forceinline__ acc_t canonical_slice_sum(
 #pragma unroll kUnroll
         for (index_t l = l_begin; l < l_end; ++l) {
             const index_t position = l * p.stride + offset;
-            const Source source = source_index(kUnroll == 1 ? keep_in_loop(position) : position, L_fine);
-            if (kUnroll == 1 && !source.exists) continue;
+            const Source source = source_index(kTestsPositions ? keep_in_loop(position) : position, L_fine);
+            if (kTestsPositions && !source.exists) continue;
             acc = multiply_add_conjugate(
                 scalar::load(a[l * p.coarse_stride_l]), scalar::load(b[source.index * p.fine_stride_l]), acc);
         }

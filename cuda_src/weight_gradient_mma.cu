@@ -420,7 +420,14 @@ __device__ __forceinline__ void multiply_slice(
     if (IS_SPLIT) for_each_sum([&](int i, int j, int e) { acc[i][j][e] = total[i][j][e] + low[i][j][e]; });
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradient_mma(
+// Registers for three blocks are too few on sm_75.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMinBlocks = MIN_BLOCKS < 2 ? MIN_BLOCKS : 2;
+#else
+constexpr int kMinBlocks = MIN_BLOCKS;
+#endif
+
+extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) weight_gradient_mma(
     const storage_t* __restrict__ coarse,  // [N, C_coarse, L_coarse]
     const storage_t* __restrict__ fine,    // [N, C_fine, L_fine]
     acc_t* __restrict__ partial,           // [slices, C_coarse, C_fine_g, K], or null

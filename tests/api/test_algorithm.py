@@ -28,7 +28,7 @@ TAKEN = {
     "conv1d_im2col": "enformer_stem",
     "conv_transpose1d_im2col": "up_long_kernel",
     "conv1d_col2im": "bpnet_head_49_5",
-    "conv_transpose1d_col2im": "up_channels_52_5",
+    "conv_transpose1d_col2im": "up_channels_52_4",
     "conv1d_toeplitz": "quartznet_dw",
     "conv1d_depthwise": "depthwise_strided_dilated",
     "conv1d_skinny": "length1_padded",

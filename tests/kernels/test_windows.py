@@ -28,12 +28,12 @@ def layer(op: Any, C_in: int, C_out: int, K: int, held: int, length: int, **sett
 
 # A push for each family, with the name of the family; the last ones for the kernel of depthwise layers.
 PUSHES = {
+    "conv1d_col2im": layer("conv1d", 50, 5, 13, 12, 3, dtype="float16"),
+    "conv_transpose1d_col2im": layer("conv_transpose1d", 50, 5, 13, 12, 3, dtype="bfloat16", padding_left=12),
     "conv1d_mma": layer("conv1d", 16, 24, 3, 2, 1, dtype="float16"),
     "conv_transpose1d_mma": layer("conv_transpose1d", 16, 8, 4, 1, 2, dtype="bfloat16", stride=2, padding_left=2),
     "conv1d_im2col": layer("conv1d", 2, 16, 20, 19, 3, dtype="bfloat16"),
     "conv_transpose1d_im2col": layer("conv_transpose1d", 2, 16, 20, 19, 3, dtype="bfloat16", padding_left=19),
-    "conv1d_col2im": layer("conv1d", 50, 5, 13, 12, 3, dtype="float16"),
-    "conv_transpose1d_col2im": layer("conv_transpose1d", 50, 5, 13, 12, 3, dtype="bfloat16", padding_left=12),
     "conv1d_toeplitz": layer("conv1d", 3, 3, 64, 63, 2, dtype="float16", groups=3),
     "conv1d_depthwise": layer("conv1d", 3, 6, 5, 4, 3, groups=3),
     "conv1d_skinny": layer("conv1d", 5, 7, 3, 4, 1, dilation=2, dtype="float64"),

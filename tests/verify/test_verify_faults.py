@@ -118,7 +118,7 @@ FAULTS: Mapping[str, Fault] = {
         "run + 1 < runs; ++run",
         "run + 2 < runs; ++run",
         "conv_transpose1d_col2im",
-        "up_channels_52_5",
+        "up_channels_52_4",
         "float16",
     ),
     "weight_gradient_mma drops the last position": Fault(
