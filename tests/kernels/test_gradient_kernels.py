@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ctypes.util import find_library
 from dataclasses import replace
 from functools import cache
@@ -96,6 +96,25 @@ def normal(problem: WeightGradientProblem, nonfinite: bool = False) -> tuple[Arr
 
 def exact_result(problem: WeightGradientProblem, coarse: Array, fine: Array) -> Array:
     return reference.weight_gradient(problem, coarse, fine).exact().astype(coarse.dtype)
+
+
+def check_layouts(run: Callable[..., Array], p: WeightGradientProblem) -> None:
+    """Views are read and written in place, with the bits of contiguous arrays.
+
+    `run` computes a problem from coarse and fine by one family, with settings of `hostcuda.compute`.
+    """
+    coarse, fine = normal(p)
+    expected = run(p, coarse, fine)
+    R, C, K = p.weight_shape
+    for a, b, strides in (
+        (scattered(coarse), channels_last(fine), (2 * C * K, 2 * K, 2)),
+        (channels_last(coarse), scattered(fine), (1, R, R * C)),
+        (unaligned(coarse), fine, (-C * K, -K, -1)),
+    ):
+        layout = Layout.of(
+            coarse=hostcuda.array_layout(a), fine=hostcuda.array_layout(b), grad_weight=ArrayLayout(strides, p.itemsize)
+        )
+        assert_same_bits(run(p, a, b, layout=layout, schedule="reverse", placement="start"), expected, strides)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -28,8 +28,8 @@ from gpuconv.problem import WeightGradientProblem
 from tests import hostcuda
 from tests.hostcuda import Counts, Program
 from tests.hostcuda.banks import wavefronts
-from tests.kernels.arrays import assert_same_bits, channels_last, scattered, unaligned
-from tests.kernels.test_gradient_kernels import exact_result, integers, normal, shapes
+from tests.kernels.arrays import assert_same_bits, channels_last, unaligned
+from tests.kernels.test_gradient_kernels import check_layouts, exact_result, integers, normal, shapes
 from tests.plans import kernel_of, refusal_of
 
 Array = npt.NDArray[Any]
@@ -610,18 +610,7 @@ def test_split_sums_are_within_the_bound_of_data_of_one_sign() -> None:
 def test_layouts(C_fine: int, K: int, mode: tuple[str, str]) -> None:
     """Views are read and written in place, with the bits of contiguous arrays."""
     p = problem(16, C_fine, 48, K, mode)
-    coarse, fine = normal(p)
-    expected = run(p, coarse, fine)
-    R, C, K = p.weight_shape
-    for a, b, strides in (
-        (scattered(coarse), channels_last(fine), (2 * C * K, 2 * K, 2)),
-        (channels_last(coarse), scattered(fine), (1, R, R * C)),
-        (unaligned(coarse), fine, (-C * K, -K, -1)),
-    ):
-        layout = Layout.of(
-            coarse=hostcuda.array_layout(a), fine=hostcuda.array_layout(b), grad_weight=ArrayLayout(strides, p.itemsize)
-        )
-        assert_same_bits(run(p, a, b, layout=layout, schedule="reverse", placement="start"), expected, strides)
+    check_layouts(run, p)
 
 
 @pytest.mark.parametrize("mode", [HALF, SINGLE], ids=str)

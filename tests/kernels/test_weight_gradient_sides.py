@@ -20,8 +20,8 @@ from gpuconv.families.base import contiguous_strides
 from gpuconv.families.weight_gradient_sides import exchanged, exchanged_layout
 from gpuconv.problem import WeightGradientProblem
 from tests import hostcuda
-from tests.kernels.arrays import assert_same_bits, channels_last, scattered, unaligned
-from tests.kernels.test_gradient_kernels import exact_result, integers, normal
+from tests.kernels.arrays import assert_same_bits, channels_last
+from tests.kernels.test_gradient_kernels import check_layouts, exact_result, integers, normal
 from tests.plans import kernel_of, plan_of
 
 Array = npt.NDArray[Any]
@@ -105,18 +105,7 @@ def test_layouts(L: int) -> None:
     """Views are read and written in place, with the bits of contiguous arrays, through partial sums and without."""
     p = problem(6, 16, L, 9)
     assert (len(plan_of(FAMILY, p, Layout.contiguous(p), DEVICE).steps) > 1) == (L > 48)
-    coarse, fine = normal(p)
-    expected = run(p, coarse, fine)
-    R, C, K = p.weight_shape
-    for a, b, strides in (
-        (scattered(coarse), channels_last(fine), (2 * C * K, 2 * K, 2)),
-        (channels_last(coarse), scattered(fine), (1, R, R * C)),
-        (unaligned(coarse), fine, (-C * K, -K, -1)),
-    ):
-        layout = Layout.of(
-            coarse=hostcuda.array_layout(a), fine=hostcuda.array_layout(b), grad_weight=ArrayLayout(strides, p.itemsize)
-        )
-        assert_same_bits(run(p, a, b, layout=layout, schedule="reverse", placement="start"), expected, strides)
+    check_layouts(run, p)
 
 
 @pytest.mark.usefixtures("always")
