@@ -11,7 +11,7 @@
 // memory: that of mma.cuh, or a block's products, whichever is more.
 // Before it pack_col2im_weight.cu packs the weights.
 // Needs float16, bfloat16 (sm_80) or float32 (sm_80) arrays of any strides, in elements. Chosen for stride 1, at most 8 output
-// channels a group and at least 48 weights for each input; see gpuconv/families/conv_col2im.py.
+// channels a group and at least 48 weights for each input (60 as split TF32); see gpuconv/families/conv_col2im.py.
 
 #define IS_TRANSPOSED 0
 

@@ -53,7 +53,7 @@ class Form(Protocol):
         """Whether padding or absent taps are multiplied, as zeros."""
 
     def cost(self, p: ConvProblem) -> float:
-        """An estimate of the nanoseconds on one core."""
+        """An estimate of the nanoseconds on one core, less what threads of BLAS save (`costs.of_blas`)."""
 
     def memory(self, p: ConvProblem) -> tuple[int, dict[str, int]]:
         """Bounds on the elements of the scratch buffers: what all threads share, and what each has by name."""
