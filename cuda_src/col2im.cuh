@@ -150,7 +150,6 @@ __device__ __forceinline__ Tile tile_at(
         tile.output_first = skipped * p.stride - p.padding_left;
     } else {
         tile.position_begin = -p.padding_left;
-        tile.output_first = 0;
     }
     if (kHasLengths) results = tile.L_out > 0 ? (tile.L_out - 1 - tile.output_first) / stride_of(p) + 1 : 0;
     tile.positions = tile.position_begin + results + (p.taps - p.run_taps) * p.dilation;
