@@ -180,10 +180,9 @@ def size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?B?", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"must be a size such as 200MB or 1GiB, got {text!r}")
-    number, prefix, is_binary = match.groups()
-    return int(
-        float(number) * (1024 if is_binary else 1000) ** ("kMGT".index(prefix.replace("K", "k")) + 1 if prefix else 0)
-    )
+    number, prefix, is_binary = match.groups("")
+    power = ("", "k", "m", "g", "t").index(prefix.lower())
+    return int(float(number) * (1024 if is_binary else 1000) ** power)
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
