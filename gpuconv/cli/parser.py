@@ -59,6 +59,9 @@ class Parser(argparse.ArgumentParser):
                 meant = f"; did you mean {close[0]}?" if close else ""
                 self.error(f"unrecognized arguments: {word}{value}{meant}")
         namespace, unknown = super().parse_known_args(args, namespace)
+        for action in self._get_positional_actions():  # argparse takes none behind an option
+            if unknown and action.nargs == "?" and getattr(namespace, action.dest) is None:
+                setattr(namespace, action.dest, unknown.pop(0))
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return namespace, unknown

@@ -96,6 +96,14 @@ def test_the_picture_has_the_name_of_the_file(drawn: list[Any], capsys: pytest.C
     assert main(["plot", "ecg.npy", "--force"]) == 0
 
 
+def test_a_picture_may_follow_the_options() -> None:
+    save("x.npy", normal(600))
+    assert main(["plot", "x.npy", "--rate", "250", "y.png"]) == 0
+    assert main(["plot", "--rate", "250", "x.npy", "--force", "x.npy", "y.png"]) == 0
+    assert Path("y.png").exists()
+    assert not Path("x.png").exists()
+
+
 def test_no_values_stop_it(capsys: pytest.CaptureFixture[str]) -> None:
     """Silence, one sample, infinities, a batch, more channels than are drawn, integers, names that look like TeX."""
     arrays = {
