@@ -1,4 +1,4 @@
-"""`gpuconv plot`: draw the signals of one or two files and their spectrograms."""
+"""`gpuconv plot`: draw the signals of one or two files, and their spectrograms or, of short ones, their spectra."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import io
 import math
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,12 @@ PICTURES = (".png", ".pdf", ".svg")
 CHANNELS = 4  # that are drawn at most
 
 _POINTS = 2000  # across a picture: of more samples the range of values is drawn, and more windows are spaced wider
+_FEWEST_WINDOWS = 256  # across a spectrogram: shorter signals have windows closer together
 _LONGEST_WINDOW, _SHORTEST_WINDOW = 512, 16  # samples
+_SPECTRUM = 4096  # samples with the zeros that follow a short signal, so that its spectrum is a smooth curve
+_MARKED = 128  # samples that are drawn as points at most
 _DECIBELS = 80  # below the loudest value, where the colours end
+_SPECTRUM_DECIBELS = 100  # below the largest value, where the axis of a spectrum ends at the latest
 _SILENCE = -200  # decibels of zeros
 
 
@@ -32,8 +37,10 @@ def add_to(commands: Any) -> None:
         help="draw a .npy or .wav file, or two files side by side",
         description="Draw the first channels of a file over time, and their spectrograms, into a\n"
         ".png, .pdf or .svg file. Two files, such as a recording before and after a filter,\n"
-        "are drawn side by side on the same scales.",
-        epilog=f"{EXIT_CODES}\n\nexample:\n  gpuconv plot speech.wav\n  gpuconv plot speech.wav out.wav both.png",
+        "are drawn side by side on the same scales. Signals of up to 512 samples, such as\n"
+        "the taps of a filter, are drawn with their spectrum: the gain at each frequency.",
+        epilog=f"{EXIT_CODES}\n\nexample:\n  gpuconv plot taps.npy --rate 16000\n"
+        "  gpuconv plot speech.wav out.wav both.png",
     )
     parser.add_argument("input", metavar="IN", help="a .npy file (channels, samples) or (samples), or a .wav file")
     parser.add_argument("after", nargs="?", metavar="AFTER", help="a second file, to draw next to it")
@@ -57,6 +64,10 @@ class _Signal(NamedTuple):
     @property
     def unit(self) -> str:
         return "samples" if self.rate is None else "seconds"
+
+    @property
+    def frequency_unit(self) -> str:
+        return "cycles/sample" if self.rate is None else "Hz"
 
     @property
     def end(self) -> float:
@@ -130,20 +141,44 @@ def _read(path: str, rate: int | None) -> _Signal:
 def _draw(figure: Any, signals: list[_Signal]) -> None:
     rows = max(len(signal.samples) for signal in signals)
     figure.set_size_inches(6.5 * len(signals) + 1, 3.6 * rows + 0.4)
+    if all(signal.samples.shape[1] <= _LONGEST_WINDOW for signal in signals):
+        _draw_spectra(figure, signals, rows)
+    else:
+        _draw_spectrograms(figure, signals, rows)
+
+
+def _draw_spectra(figure: Any, signals: list[_Signal], rows: int) -> None:
+    axes = figure.subplots(2 * rows, len(signals), squeeze=False, sharey="row")
+    longest = max(signal.end for signal in signals)
+    for row in range(rows):
+        columns = _shown(axes, signals, row)
+        spectra = {column: _spectrum(signals[column].samples[row]) for column in columns}
+        largest = _largest(spectra.values())
+        lowest = min(np.nanmin(power, initial=largest) for power in spectra.values())
+        for column in columns:
+            signal = signals[column]
+            wave, spectrum = axes[2 * row : 2 * row + 2, column]
+            half = 0.5 / (signal.rate or 1)
+            wave.set_xlim(-half, (longest if signal.rate else signal.end) - half)
+            wave.set_xlabel(signal.unit)
+            spectrum.plot(np.linspace(0, (signal.rate or 1) / 2, _SPECTRUM // 2 + 1), spectra[column], linewidth=0.8)
+            spectrum.set_xlim(0, max(signals[each].rate or 1 for each in columns) / 2)
+            spectrum.set_ylim(max(lowest, largest - _SPECTRUM_DECIBELS) - 5, largest + 5)
+            spectrum.set_xlabel(signal.frequency_unit)
+            if column == columns[0]:
+                spectrum.set_ylabel("dB")
+
+
+def _draw_spectrograms(figure: Any, signals: list[_Signal], rows: int) -> None:
     in_seconds = all(signal.rate for signal in signals)
     axes = figure.subplots(2 * rows, len(signals), squeeze=False, sharey="row", sharex="all" if in_seconds else "col")
     for row in range(rows):
-        shown = [(column, signal) for column, signal in enumerate(signals) if row < len(signal.samples)]
-        powers = {column: _spectrogram(signal.samples[row]) for column, signal in shown}
-        finite = [power[np.isfinite(power)].max(initial=-math.inf) for power, _ in powers.values()]
-        loudest = max(finite) if max(finite) > _SILENCE + 1 else 0.0
-        for column, signal in enumerate(signals):
-            wave, image = axes[2 * row, column], axes[2 * row + 1, column]
-            if column not in powers:
-                wave.set_visible(False)
-                image.set_visible(False)
-                continue
-            _draw_wave(wave, signal.samples[row], signal.rate)
+        columns = _shown(axes, signals, row)
+        powers = {column: _spectrogram(signals[column].samples[row]) for column in columns}
+        loudest = _largest(power for power, _ in powers.values())
+        for column in columns:
+            signal = signals[column]
+            wave, image = axes[2 * row : 2 * row + 2, column]
             power, hop = powers[column]
             scale = signal.rate or 1
             # Windows are centred at multiples of the hop, and so are the columns of the picture.
@@ -152,27 +187,49 @@ def _draw(figure: Any, signals: list[_Signal]) -> None:
                 power, origin="lower", aspect="auto", cmap="magma", vmin=loudest - _DECIBELS, vmax=loudest,
                 extent=(-hop / 2 / scale, end, 0, scale / 2),
             )  # fmt: skip
-            if row == 0:
-                wave.set_title(signal.name, fontsize="medium", parse_math=False)
-            if column == min(powers):
-                name = "" if rows == 1 else f"channel {row + 1}\n"
-                wave.set_ylabel(f"{name}amplitude")
-                image.set_ylabel("Hz" if signal.rate else "cycles/sample")
-                for leftmost in (wave, image):
-                    leftmost.tick_params(labelleft=True)
+            if column == columns[0]:
+                image.set_ylabel(signal.frequency_unit)
             wave.set_xlim(0, max(each.end for each in signals) if in_seconds else signal.end)
-            image.set_ylim(0, max(each.rate or 1 for _, each in shown) / 2)
+            image.set_ylim(0, max(signals[each].rate or 1 for each in columns) / 2)
             if row == len(signal.samples) - 1:
                 image.set_xlabel(signal.unit)
                 image.tick_params(labelbottom=True)
         figure.colorbar(colours, ax=list(axes[2 * row + 1]), label="dB", pad=0.01)
 
 
+def _shown(axes: Any, signals: list[_Signal], row: int) -> list[int]:
+    """Draw a channel of each signal that has it, and return the columns of these signals."""
+    columns = [column for column, signal in enumerate(signals) if row < len(signal.samples)]
+    for column, signal in enumerate(signals):
+        pair = axes[2 * row : 2 * row + 2, column]
+        if column not in columns:
+            for each in pair:
+                each.set_visible(False)
+            continue
+        _draw_wave(pair[0], signal.samples[row], signal.rate)
+        if row == 0:
+            pair[0].set_title(signal.name, fontsize="medium", parse_math=False)
+        if column == columns[0]:
+            name = "" if len(axes) == 2 else f"channel {row + 1}\n"
+            pair[0].set_ylabel(f"{name}amplitude")
+            for leftmost in pair:
+                leftmost.tick_params(labelleft=True)
+    return columns
+
+
+def _largest(decibels: Iterable[files.Array]) -> float:
+    """The largest finite value; 0 where all signals are silent."""
+    largest = max(float(power[np.isfinite(power)].max(initial=-math.inf)) for power in decibels)
+    return largest if largest > _SILENCE + 1 else 0.0
+
+
 def _draw_wave(axes: Any, samples: files.Array, rate: int | None) -> None:
     """Draw samples as a line, or if there are many, the range of values of neighbours."""
     step = -(-len(samples) // _POINTS)
     if step < 3:
-        axes.plot(np.arange(len(samples)) / (rate or 1), samples, ".-" if len(samples) == 1 else "-", linewidth=0.8)
+        axes.plot(
+            np.arange(len(samples)) / (rate or 1), samples, ".-" if len(samples) <= _MARKED else "-", linewidth=0.8
+        )
         return
     starts = np.arange(0, len(samples), step)
     low, high = (bound.reduceat(samples, starts) for bound in (np.minimum, np.maximum))
@@ -183,19 +240,27 @@ def _spectrogram(samples: files.Array) -> tuple[files.Array, int]:
     """The power of a signal in decibels (frequencies, windows), and the samples from one window to the next.
 
     A sine of amplitude 1 has 0 dB. The short-time Fourier transform is one convolution, whose taps are cosines and
-    sines times a Hann window.
+    sines times a Hann window. Shorter windows have as many frequencies as long ones.
     """
     longest = 2 ** int(math.log2(max(len(samples) // 8, 1)))
     K = min(_LONGEST_WINDOW, max(_SHORTEST_WINDOW, longest))
-    hop = max(K // 4, min(K, -(-len(samples) // _POINTS)))
+    hop = max(1, min(K // 4, len(samples) // _FEWEST_WINDOWS), min(K, -(-len(samples) // _POINTS)))
     left, right = K // 2, K // 2 + hop // 2  # the last window is centred less than half a hop before the end
     window = np.hanning(K + 1)[:-1]
-    angles = 2 * np.pi * np.outer(np.arange(K // 2 + 1), np.arange(K)) / K
+    frequencies = _LONGEST_WINDOW // 2 + 1
+    angles = np.pi * np.outer(np.linspace(0, 1, frequencies), np.arange(K))
     taps = np.concatenate((np.cos(angles), np.sin(angles))) * (window / (window.sum() / 2))
     with np.errstate(all="ignore"):  # values that are not finite are not drawn
         spectrum = functional.conv1d(
             samples.reshape(1, 1, -1), taps[:, np.newaxis].astype(np.float32), stride=hop, padding=(left, right),
             padding_mode="reflect" if len(samples) > right else "zeros",
         )  # fmt: skip
-        real, imaginary = spectrum[0].reshape(2, K // 2 + 1, -1)
+        real, imaginary = spectrum[0].reshape(2, frequencies, -1)
         return 10 * np.log10(real**2 + imaginary**2 + np.float32(10 ** (_SILENCE / 10))), hop
+
+
+def _spectrum(samples: files.Array) -> files.Array:
+    """The power of a short signal in decibels (frequencies,): of the taps of a filter, its gain."""
+    with np.errstate(all="ignore"):  # values that are not finite are not drawn
+        power = np.abs(np.fft.rfft(samples.astype(np.float64), _SPECTRUM)) ** 2
+        return np.asarray(10 * np.log10(power + 10 ** (_SILENCE / 10)))

@@ -72,11 +72,11 @@ def test_a_spectrogram_reaches_the_end_of_the_signal(count: int) -> None:
 def test_a_spectrogram_is_that_of_scipy() -> None:
     x = (tone(1000) + 0.25 * tone(2500) + 0.01 * normal(8000)).astype(np.float32)
     power, hop = plot._spectrogram(x)
-    assert (hop, power.shape) == (128, (257, 64))
+    assert (hop, power.shape) == (31, (257, 259))
     window = np.hanning(513)[:-1]
     transform = signal.ShortTimeFFT(window, hop, 8000, scale_to=None)
-    expected = 20 * np.log10(np.abs(transform.stft(x, p0=0, p1=64, padding="even")) / (window.sum() / 2))
-    np.testing.assert_allclose(power[:, 3:-3], expected[:, 3:-3], atol=0.05)
+    expected = 20 * np.log10(np.abs(transform.stft(x, p0=0, p1=259, padding="even")) / (window.sum() / 2))
+    np.testing.assert_allclose(power[:, 9:-9], expected[:, 9:-9], atol=0.05)
     assert power[64].max() == pytest.approx(0, abs=0.1)  # 1000 Hz, amplitude 1
     assert power[160].max() == pytest.approx(20 * np.log10(0.25), abs=0.3)
 
@@ -94,6 +94,33 @@ def test_the_picture_has_the_name_of_the_file(drawn: list[Any], capsys: pytest.C
     capsys.readouterr()
     assert refusal(capsys, "plot", "ecg.npy") == "ecg.png: exists; give --force to replace it"
     assert main(["plot", "ecg.npy", "--force"]) == 0
+
+
+def test_a_spectrogram_of_few_samples_is_smooth() -> None:
+    """Windows of 64 samples, but 257 frequencies, and a window at every third sample."""
+    power, hop = plot._spectrogram(tone(1000, 0.125))
+    assert (hop, power.shape) == (3, (257, 334))
+    assert 64 - power[:, 20:-20].argmax(axis=0).mean() == pytest.approx(0, abs=0.5)  # 1000 Hz
+
+
+@pytest.mark.parametrize("rate", [None, 16000])
+def test_taps_are_drawn_with_their_gain(rate: int | None, drawn: list[Any]) -> None:
+    """Two files of up to 512 samples: the gain of each at every frequency, on the same scales."""
+    taps = signal.firwin(101, 0.2)
+    save("taps.npy", np.stack((taps, -taps)))
+    save("mean.npy", np.full(4, 0.25))
+    assert main(["plot", "taps.npy", "mean.npy", *(["--rate", str(rate)] if rate else []), "both.png"]) == 0
+    axes = drawn[0].axes
+    assert [a.get_visible() for a in axes] == [True, True, True, True, True, False, True, False]
+    assert axes[1].lines[0].get_marker() == "."
+    assert axes[2].get_ylim() == axes[3].get_ylim()
+    frequency, gain = axes[2].lines[0].get_xydata().T
+    assert (frequency[0], frequency[-1]) == (0, (rate or 1) / 2)
+    _, response = signal.freqz(taps, worN=2049, include_nyquist=True)
+    is_passed = np.abs(response) > 1e-3
+    np.testing.assert_allclose(gain[is_passed], 20 * np.log10(np.abs(response[is_passed])), atol=1e-3)
+    assert axes[3].lines[0].get_ydata()[1024] < -100  # a mean of four has no gain at a quarter of the rate
+    assert axes[2].get_xlabel() == ("Hz" if rate else "cycles/sample")
 
 
 def test_a_picture_may_follow_the_options() -> None:
@@ -125,7 +152,7 @@ def test_no_values_stop_it(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_silence_is_dark_and_one_sample_is_a_point(drawn: list[Any]) -> None:
-    save("0.npy", np.zeros(300))
+    save("0.npy", np.zeros(3000))
     save("1.npy", np.ones(1))
     assert main(["plot", "0.npy"]) == main(["plot", "1.npy"]) == 0
     (picture,) = drawn[0].axes[1].images
