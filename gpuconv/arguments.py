@@ -1,13 +1,13 @@
 """Checks of arguments (shapes, dtypes and settings) and their error messages.
 
-They read only `.shape` and `.dtype` of arrays, so NumPy and CuPy arrays are accepted and refused alike.
+They read only the shape and the dtype of arrays, so NumPy and CuPy arrays are accepted and refused alike.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, TypeAlias, cast
 
 import numpy as np
@@ -82,7 +82,8 @@ class Arrays(NamedTuple):
             names.pop("bias", None)  # the bias has the dtype of the output
         if len(set(names.values())) > 1:
             got = ", ".join(f"{name} {dtype}" for name, dtype in names.items())
-            raise TypeError(f"{op}: {_listing(tuple(names), quote=False)} must share one dtype, got {got}")
+            hint = _conversion({"input": input, "weight": weight, "bias": bias}, names)
+            raise TypeError(f"{op}: {_listing(tuple(names), quote=False)} must share one dtype, got {got}{hint}")
         if weight.shape[2] < 1:
             raise ValueError(f"{op}: weight must have at least one tap (K >= 1), got shape {tuple(weight.shape)}")
         batched = len(input.shape) == 3
@@ -145,6 +146,28 @@ def check_dtype(caller: str, name: str, array: ArrayLike, *, integers: bool = Fa
         dtypes = (*DTYPES, *INTEGERS) if integers else DTYPES
         raise TypeError(f"{caller}: {name} must have one of the dtypes {_listing(dtypes)}, got {array.dtype}")
     return found
+
+
+def _conversion(arrays: Mapping[str, Any], dtypes: Mapping[str, str]) -> str:
+    """The end of a message about several dtypes: which arrays to convert to the dtype of which other.
+
+    That is the complex one of real and complex data, the floating-point one of integers and others, else that of most
+    arrays, else the narrower one, as of float32 samples and float64 taps. An integer would not fit in a narrower dtype.
+    """
+    if not all(hasattr(arrays[name], "astype") for name in dtypes):
+        return ""
+    found = list(dtypes.values())
+
+    def preference(name: str) -> tuple[bool, bool, int, int]:
+        dtype, size = dtypes[name], arrays[name].dtype.itemsize
+        is_integer = dtype in INTEGERS
+        return dtype.startswith("complex"), not is_integer, found.count(dtype), size if is_integer else -size
+
+    chosen = max(dtypes, key=preference)
+    others = [name for name in dtypes if dtypes[name] != dtypes[chosen]]
+    if dtypes[chosen] in INTEGERS and any(not np.can_cast(dtypes[name], dtypes[chosen]) for name in others):
+        return ""
+    return f"; pass {' and '.join(f'{name}.astype({chosen}.dtype)' for name in others)}"
 
 
 def check_out_dtype(op: str, dtype: str, out_dtype: Any, bias: ArrayLike | None) -> str | None:

@@ -381,7 +381,8 @@ def run_weight_gradient(
         raise TypeError(f"{function}: weight_dtype must be {allowed} for {dtype} data, got {weight_dtype!r}")
     if (other := check_dtype(function, "grad_output", arrays[1])) != dtype:
         raise TypeError(
-            f"{function}: input and grad_output must share one dtype, got input {dtype}, grad_output {other}"
+            f"{function}: input and grad_output must share one dtype, got input {dtype}, grad_output {other}; "
+            "pass grad_output.astype(input.dtype)"
         )
     if out is not None:
         check_overlap(function, out, given)

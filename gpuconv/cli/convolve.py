@@ -14,7 +14,7 @@ import numpy as np
 from .. import chunked, dispatch, files, functional, npy, runtime
 from ..fusion import Fused
 from ..journal import JournalError
-from ..problem import DTYPES, ConvProblem, Op, numpy_dtype
+from ..problem import DTYPES, ArraySpec, ConvProblem, Op, numpy_dtype
 from .errors import EXIT_CODES_WITH_GPU, CommandError
 from .gpu import use_gpu
 from .options import add_device, add_json, add_settings, at_least, given_settings, size
@@ -114,7 +114,8 @@ def _convolve(args: argparse.Namespace, opened: ExitStack) -> _Result:
     algorithm = settings.pop("algorithm", None)
     fused = {name: settings.pop(name, None) for name in ("activation", "input_activation")}
     try:
-        problem = ConvProblem.of(args.op, x, weight, bias, **settings).fused(Fused.check(args.op, **fused))
+        specs = [None if array is None else ArraySpec(array.shape, array.dtype) for array in (x, weight, bias)]
+        problem = ConvProblem.of(args.op, *specs, **settings).fused(Fused.check(args.op, **fused))
     except (ValueError, TypeError) as error:
         dtypes = {array.dtype for array in (x, weight, bias) if array is not None}
         hint = "; give --dtype to convert" if isinstance(error, TypeError) and len(dtypes) > 1 else ""

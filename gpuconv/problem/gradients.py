@@ -227,7 +227,8 @@ def gradient_problem(
     if found != problem.dtype:
         other = "weight" if isinstance(input, ArraySpec) else "input"
         raise TypeError(
-            f"{caller}: {other} and grad_output must share one dtype, got {other} {problem.dtype}, grad_output {found}"
+            f"{caller}: {other} and grad_output must share one dtype, got {other} {problem.dtype}, grad_output "
+            f"{found}; pass grad_output.astype({other}.dtype)"
         )
     if tuple(grad_output.shape) != problem.output_shape:
         raise ValueError(

@@ -190,7 +190,9 @@ class Stream:
         check_kinds(caller, given if out is None else {**given, "out": out})
         new = native(input) if isinstance(input, np.ndarray) else input
         if new.dtype != self._weight.dtype:
-            raise TypeError(f"{caller}: input must have the dtype of weight, {self._weight.dtype}, got {input.dtype}")
+            own = self._weight.dtype.name
+            hint = f"; pass input.astype({own!r})" if np.can_cast(new.dtype, own, "same_kind") else ""
+            raise TypeError(f"{caller}: input must have the dtype of weight, {own}, got {input.dtype}{hint}")
         single = new.ndim == 2 and len(chosen) == 1
         x = new[None] if single else new
         if x.ndim != 3 or x.shape[:2] != (len(chosen), self._channels):

@@ -37,10 +37,10 @@ def write(empty: Callable[[], Tensor], function: Callable[..., Any], *arguments:
     if not on_gpu(arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[1]):
         try:
             arrays = [numpy_array(a) if isinstance(a, torch.Tensor) else a for a in arguments]
-        except TypeError:  # NumPy does not have the dtype: `empty` raises an error that names the argument
+            return tensor_of(function(*arrays, **keywords))
+        except TypeError:  # `empty` raises an error that names the argument and gives no hint that is for arrays alone
             empty()
             raise
-        return tensor_of(function(*arrays, **keywords))
     try:
         cupy = runtime.cupy_module()
     except ImportError as error:

@@ -330,7 +330,8 @@ def test_a_wrong_grad_output_is_refused(op: str) -> None:
         shape = p.output_shape
         refused(u[..., 1:], ValueError, f"grad_output must have the output's shape {shape}, got {u[..., 1:].shape}")
         refused(u[0], ValueError, f"grad_output must have the output's shape {shape}, got {u[0].shape}")
-        says = f"{other} and grad_output must share one dtype, got {other} float32, grad_output float64"
+        says = f"{other} and grad_output must share one dtype, got {other} float32, grad_output float64; "
+        says += f"pass grad_output.astype({other}.dtype)"
         refused(u.astype(np.float64), TypeError, says)
         refused(u.astype(np.int64), TypeError, 'grad_output must have one of the dtypes "float16"')
         refused(None, TypeError, "grad_output must be a NumPy or CuPy array, got NoneType")

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import gpuconv
 from gpuconv.arguments import check_padding_mode
 from gpuconv.problem import (
     DTYPES,
@@ -328,6 +329,35 @@ def test_mixed_dtypes_are_refused(op: str) -> None:
     no_bias = {**VALID[op], "bias": None, "weight": ArraySpec(VALID[op]["weight"], "float64")}
     with pytest.raises(TypeError, match="input and weight must share one dtype, got input float32, weight float64"):
         construct(op, **no_bias)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "hint"),
+    [
+        (("float32", "float64"), "weight.astype(input.dtype)"),
+        (("float64", "float32"), "input.astype(weight.dtype)"),
+        (("float64", "float32", "float32"), "input.astype(weight.dtype)"),
+        (("float32", "float64", "float64"), "input.astype(weight.dtype)"),
+        (("float32", "float32", "float64"), "bias.astype(input.dtype)"),
+        (("float16", "float32", "float64"), "weight.astype(input.dtype) and bias.astype(input.dtype)"),
+        (("int16", "float32"), "input.astype(weight.dtype)"),
+        (("float64", "int64"), "weight.astype(input.dtype)"),
+        (("float32", "complex128"), "input.astype(weight.dtype)"),
+        (("int8", "int16"), "input.astype(weight.dtype)"),
+        (("int8", "uint8"), None),  # neither holds all numbers of the other
+    ],
+)
+def test_mixed_dtypes_of_arrays_are_refused_with_a_hint(dtypes: tuple[str, ...], hint: str | None) -> None:
+    shapes = ((2, 4, 9), (6, 4, 3), (6,))
+    arrays = [np.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
+    with pytest.raises(TypeError) as caught:
+        gpuconv.conv1d(*arrays)
+    got = ", ".join(f"{name} {dtype}" for name, dtype in zip(("input", "weight", "bias"), dtypes, strict=False))
+    assert str(caught.value).partition("got ")[2] == (got if hint is None else f"{got}; pass {hint}")
+    if hint is not None:  # it works
+        given = dict(zip(("input", "weight", "bias"), arrays, strict=False))
+        converted = {word.partition(".")[0]: eval(word, {}, given) for word in hint.split(" and ")}
+        assert gpuconv.conv1d(**(given | converted)).shape == (2, 6, 7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

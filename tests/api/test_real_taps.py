@@ -141,7 +141,8 @@ def test_what_does_not_fit_is_named() -> None:
         (lambda: grad.conv1d_weight(x.real, w.shape, y.real, groups=2, weight_dtype="nonsense"),
          "conv1d_weight: weight_dtype must be float32 for float32 data, got 'nonsense'"),
         (lambda: grad.conv1d_weight(x, w.shape, y.astype("c16"), groups=2, weight_dtype="float32"),
-         "conv1d_weight: input and grad_output must share one dtype, got input complex64, grad_output complex128"),
+         "conv1d_weight: input and grad_output must share one dtype, got input complex64, grad_output complex128; "
+         "pass grad_output.astype(input.dtype)"),
     ):  # fmt: skip
         with pytest.raises(TypeError, match=f"^{re.escape(says)}$"):
             call()

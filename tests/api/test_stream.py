@@ -273,7 +273,8 @@ def test_bad_pushes_and_states() -> None:
     for call, kind, says in (
         (lambda: s.push(x[0]), ValueError, "input must have shape (slots, C_in, L) = (2, 3, L), got (3, 5)"),
         (lambda: s.push(x[:, :2]), ValueError, "input must have shape (slots, C_in, L) = (2, 3, L), got (2, 2, 5)"),
-        (lambda: s.push(x.astype("f4")), TypeError, "input must have the dtype of weight, float64, got float32"),
+        (lambda: s.push(x.astype("f4")), TypeError,
+         "input must have the dtype of weight, float64, got float32; pass input.astype('float64')"),
         (lambda: s.push(x, [0, 2]), ValueError, "slots must be from 0 to 1, each once, got [0, 2]"),
         (lambda: s.push(x, 1), TypeError, "Conv1d.push: slots must be a sequence of ints, got 1"),
         (lambda: s.push(x, out=[1.0]), TypeError, "Conv1d.push: out must be a NumPy or CuPy array, got list"),
