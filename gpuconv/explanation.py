@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from . import cpu, dispatch, fft
 from .costs import clock_under_load
 from .device import Device
+from .dtypes import FORMATS, INTEGERS
 from .families import Launch
 from .families.base import ACTIVATED
 from .fusion import RESIDUAL
@@ -213,6 +214,7 @@ class Explanation:
         own = steps[choice.plan.steps.index(choice.step)]
         return {
             "family": choice.family,
+            "sums": self._sums(choice),
             "macros": own["macros"],
             "launch": own["launch"],
             "refusals": [{"family": family, "reason": reason} for family, reason in choice.refusals],
@@ -290,12 +292,13 @@ class Explanation:
         macros = ", ".join(f"{name}={value}" for name, value in choice.config.macros)
         rows = [
             *(("refused", f"{family}: {reason}") for family, reason in choice.refusals),
+            ("sums", self._sums(choice)),
             ("kernel", f"{choice.family} with {macros}"),
             ("launch", _launch_words(choice.launch)),
         ]
         if choice.staging:
             loads = (f"{self._name_of(array)} by {words}" for array, words in choice.staging.items())
-            rows.append(("staging", f"{', '.join(loads)} at a time"))
+            rows.append(("staging", f"{'; '.join(loads)} at a time"))
         own = choice.plan.steps.index(choice.step)
         for place, step in enumerate(choice.plan.steps):
             if place != own:
@@ -303,13 +306,24 @@ class Explanation:
                 rows.append(("before" if place < own else "after", words))
         if self.prepared is not None:
             packing = self.prepared.plan.steps[0].config.kernel
-            rows.append(("prepared", f"{packing} packs a weight of gpuconv.prepare once"))
+            rows.append(("prepared", f"with a weight of gpuconv.prepare, {packing} runs once, not in each call"))
         if choice.plan.scratch:
             buffers = (f"{name} ({quantity(num_bytes, 'B')})" for name, num_bytes in choice.plan.scratch)
             rows.append(("buffers", ", ".join(buffers)))
         if choice.plan.candidates:
             rows.append(("model", self._candidates_text(choice.plan.candidates)))
         return rows
+
+    def _sums(self, choice: dispatch.Choice) -> str:
+        """Which units of the GPU sum products of which format, and in which dtype."""
+        dtype, macros = self.problem.dtype, dict(choice.config.macros)
+        accumulator = FORMATS[dtype].accumulator
+        if "MULTIPLY_MATRICES" in macros:  # the macro of all families on tensor cores
+            tf32 = "split TF32" if macros.get("IS_SPLIT") == "1" else "TF32"
+            return f"on tensor cores, of {tf32 if dtype == 'float32' else dtype} products, in {accumulator}"
+        if isinstance(self.problem, BiasGradientProblem):
+            return f"on CUDA cores, in {accumulator}"
+        return f"on CUDA cores, {'exact' if dtype in INTEGERS else 'by fused multiply-adds'}, in {accumulator}"
 
     def _name_of(self, operand: str) -> str:
         """The name of the argument for an array of the problem."""

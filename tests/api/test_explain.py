@@ -75,6 +75,7 @@ def test_the_text() -> None:
         "  output    (33, 102)",
         "  settings  stride 2, padding (0, 0), dilation 1, groups 1, output_padding 1",
         *(f"  refused   {family}: {reason}" for family, reason in choice.refusals),
+        "  sums      on CUDA cores, by fused multiply-adds, in float32",
         f"  kernel    {choice.family} with {macros}",
         f"  launch    {choice.launch.grid} blocks of {choice.launch.block} threads, "
         f"{choice.launch.shared_bytes} B of shared memory, {choice.launch.index_bits}-bit offsets",
@@ -113,6 +114,29 @@ def test_a_page_fits_its_width_and_loses_no_word(name: str, width: int) -> None:
     for line in lines[1:]:
         assert line[:2] == line[column - 2 : column] == "  "
     assert str(found) == found.page(80)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings", "words"),
+    [
+        ("float32", {}, "on tensor cores, of split TF32 products, in float32"),
+        ("float32", {"precision": "tf32"}, "on tensor cores, of TF32 products, in float32"),
+        ("bfloat16", {}, "on tensor cores, of bfloat16 products, in float32"),
+        ("bfloat16", {"direction": "grad_weight"}, "on tensor cores, of bfloat16 products, in float32"),
+        ("float32", {"algorithm": "base"}, "on CUDA cores, by fused multiply-adds, in float32"),
+        ("float16", {"direction": "grad_bias"}, "on CUDA cores, in float32"),
+        ("complex128", {}, "on CUDA cores, by fused multiply-adds, in float64"),
+        ("int8", {}, "on CUDA cores, exact, in int64"),
+    ],
+)
+def test_how_sums_are_formed(dtype: str, settings: dict[str, Any], words: str) -> None:
+    x, w, b = (array._replace(dtype=dtype) for array in (X, W, B))
+    found = explain("conv1d", x, w, b if "direction" in settings else None, device="sm_90", **settings)
+    assert ["sums", *words.split()] in [line.split() for line in found.page(width=500).splitlines()]
+    assert found.to_dict()["kernel"]["sums"] == words
+    assert found.choice is not None
+    of_family = {family.name: family for family in FAMILIES}[found.choice.family]
+    assert of_family.canonical_order == words.startswith("on CUDA cores")
 
 
 def test_how_a_layout_is_staged() -> None:
