@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..text import count, installed_version, wrap
 from .errors import EXIT_MISMATCH, CommandError
 from .gpu import use_gpu
 from .options import add_device, add_json, add_shapes, at_least, given_settings, specs
-from .terminal import print_json, show_progress, terminal_width
+from .terminal import print_json, show_progress, tell, terminal_width
 
 
 def add_to(commands: Any) -> None:
@@ -48,6 +49,8 @@ def add_to(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     wanted = _layers(args)
     on_gpu = use_gpu(args.device)
+    if not on_gpu:
+        _note_if_busy()
     found: list[Comparison] = []
     with show_progress("measuring") as progress:
         for number, layer in enumerate(wanted):
@@ -72,6 +75,14 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(_page(facts, found))
     return 0 if all(comparison.is_right for comparison in found) else EXIT_MISMATCH
+
+
+def _note_if_busy() -> None:
+    """Say so if other programs use the processors: then a library with many threads loses the most."""
+    load, processors = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load > processors + 1:
+        words = f"{load:.0f} threads want to run on {count(processors, 'processor')}"
+        tell("note", f"this machine is busy: {words}, so times and their ratios say little")
 
 
 def _layers(args: argparse.Namespace) -> list[Layer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(measure, "PAUSE", 0.0)
     monkeypatch.setattr(measure, "TURN", 1e-4)
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.0, 1.0, 1.0), raising=False)
 
 
 def layer(op: Any, x: tuple[int, ...], w: tuple[int, ...], dtype: str = "float32", **settings: Any) -> Layer:
@@ -126,6 +128,18 @@ def test_layers_of_a_file_without_pytorch(capsys: pytest.CaptureFixture[str], mo
     assert report["layers"][0]["settings"] == "padding=(2, 0)"
     assert {each["note"] for each in report["layers"]} == {"PyTorch is not installed"}
     assert all(each["gpuconv"]["median_s"] > 0 and each["pytorch"] is None for each in report["layers"])
+
+
+def test_a_busy_machine_is_noted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["bench", "conv1d", "--input", "2,8,60", "--weight", "6,8,5", "--device", "cpu", "--repeats", "1"]
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    for load in (3.0, 9.6):
+        monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))  # noqa: B023
+        assert main(argv) == 0
+        found = capsys.readouterr().err
+        assert ("machine is busy: 10 threads want to run on 2 processors, so times" in found) == (load > 3)
+        assert ("note" in found) == (load > 3)
 
 
 def test_turns_alternate_and_their_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
