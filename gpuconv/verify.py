@@ -221,7 +221,8 @@ def _cuts(pairs: Sequence[Pair], layers: Sequence[Layer]) -> dict[str, str]:
         p = next(case.problem for _, case in pairs if case.name == f"layer {number}")
         whole = tuple(layer.arrays[0].shape)
         if p.input_shape != whole:
-            cut[f"layer {number} of {whole}"] = f"cut to {p.input_shape}; kernel families do not follow from N and L"
+            words = f"checked as {p.input_shape} in place of {whole}; kernel families depend on neither N nor L"
+            cut[f"layer {number} at full size"] = words
     return cut
 
 

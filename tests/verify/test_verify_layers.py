@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,9 @@ def test_every_layer_is_checked_in_its_own_dtype(
     assert all(0 < row["fraction_of_bound"] < 1 for name, row in rows.items() if name != "layer 4")
     assert report["counts"]["integers"]["passed"] == 5
     assert report["counts"]["gradients"]["passed"] == 4
-    (cut,) = report["skipped"]
-    assert cut == "layer 5 of (5, 32, 40000)"
+    ((cut, reason),) = report["skipped"].items()
+    assert cut == "layer 5 at full size"
+    assert re.fullmatch(r"checked as \(\d, 32, \d+\) in place of \(5, 32, 40000\); kernel .*", reason)
     assert report["worst"]["case"].startswith("layer ")
 
     of_two = gpuconv.verify("cpu", layers=layers.read(path)[:1], dtypes=["float64", "float16"])
