@@ -12,11 +12,10 @@ import pdoc.render
 
 import gpuconv
 import gpuconv.dask
-import gpuconv.sigpy
 import gpuconv.torch
 
 # Modules that `import gpuconv` does not offer, since the libraries that they work with may not be installed.
-OTHERS = (gpuconv.dask, gpuconv.sigpy, gpuconv.torch)
+OTHERS = (gpuconv.dask, gpuconv.torch)
 
 
 def show_what_is_inherited(cls: type, public: set[object]) -> None:

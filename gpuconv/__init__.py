@@ -6,11 +6,17 @@
     >>> gpuconv.conv1d(x, w, stride=2, padding="same")
     array([[[1., 3., 5., 5.]]])
 
-`conv1d` and `conv_transpose1d` are the two operations, with the order of arguments of torch.nn.functional.
-`gpuconv.nn` has layers, `gpuconv.grad` the gradients, `gpuconv.stream` both operations on signals that arrive in
-pieces, `gpuconv.chunked` on arrays larger than memory, `gpuconv.torch` on PyTorch's tensors, `gpuconv.signal` the
-finite filters of scipy.signal, `gpuconv.sigpy` the convolutions of sigpy, `gpuconv.reference` definitions and error
-bounds, `gpuconv.testing` assertions that use these bounds.
+- `conv1d` and `conv_transpose1d` are the two operations, with the order of arguments of torch.nn.functional.
+- `gpuconv.nn` has layers, `gpuconv.grad` the gradients.
+- `gpuconv.stream` has both operations for signals that arrive in pieces, `gpuconv.chunked` for arrays larger than
+  memory, `gpuconv.dask` for dask arrays, `gpuconv.torch` for PyTorch's tensors.
+- `gpuconv.signal` has the FIR filters of scipy.signal, `gpuconv.sigpy` the convolutions of sigpy.
+- `explain` tells what a call will run, and why; `prepare` packs weights once for many calls; `compile` compiles kernels
+  in advance.
+- `verify` checks the results of this machine, `gpuconv.testing` those of your tests; `gpuconv.reference` has the
+  definitions and the error bounds.
+
+`gpuconv.dask` and `gpuconv.torch` must be imported by their names.
 
 ## Shapes
 
@@ -104,7 +110,7 @@ from .functional import conv1d, conv_transpose1d, prepare
 from .lengths import conv1d_output_length, conv_transpose1d_output_length, output_lengths
 
 if TYPE_CHECKING:
-    from . import chunked, grad, nn, reference, signal, stream, testing
+    from . import chunked, grad, nn, reference, signal, sigpy, stream, testing
     from .compile import compile, is_compiled  # noqa: A004 - called as gpuconv.compile
     from .explain import explain
     from .verify import verify
@@ -126,19 +132,21 @@ __all__ = [
     "prepare",
     "reference",
     "signal",
+    "sigpy",
     "stream",
     "testing",
     "verify",
 ]
 
 # These are loaded when they are first used, so that `import gpuconv` takes little longer than `import numpy`.
-_LAZY_MODULES = ("chunked", "grad", "nn", "reference", "signal", "stream", "testing")
+_LAZY_MODULES = ("chunked", "grad", "nn", "reference", "signal", "sigpy", "stream", "testing")
 _LAZY_FUNCTIONS = {
     "compile": "compile",
     "explain": "explain",
     "is_compiled": "compile",
     "verify": "verify",
 }  # by module
+_IMPORTED_BY_NAME = ("dask", "torch")  # modules that need a library of this name, which takes long to load
 
 
 class _Package(ModuleType):
@@ -157,7 +165,8 @@ if not TYPE_CHECKING:  # a type checker would accept every attribute because of 
 
     def __getattr__(name: str) -> Any:
         if name not in (*_LAZY_MODULES, *_LAZY_FUNCTIONS):
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            hint = f"; write: import gpuconv.{name}" if name in _IMPORTED_BY_NAME else ""
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
         module = importlib.import_module(f"{__name__}.{_LAZY_FUNCTIONS.get(name, name)}")
         return getattr(module, name) if name in _LAZY_FUNCTIONS else module
 

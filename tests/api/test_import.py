@@ -110,7 +110,7 @@ def test_every_public_name_is_there() -> None:
     assert set(namespace) - {"__builtins__"} == set(gpuconv.__all__)
     assert set(gpuconv.__all__) <= set(dir(gpuconv))
     modules = {name for name in gpuconv.__all__ if isinstance(namespace[name], ModuleType)}
-    assert modules == {"chunked", "grad", "nn", "reference", "signal", "stream", "testing"}
+    assert modules == {"chunked", "grad", "nn", "reference", "signal", "sigpy", "stream", "testing"}
     for name in gpuconv.__all__:
         assert namespace[name] is getattr(gpuconv, name)
         assert name in modules or inspect.isfunction(namespace[name])
@@ -120,6 +120,17 @@ def test_every_public_name_is_there() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match=r"^module 'gpuconv' has no attribute 'conv2d'$"):
         _ = gpuconv.conv2d  # type: ignore[attr-defined]
+    for name in ("dask", "torch"):
+        script = f"import gpuconv, json; print(json.dumps(hasattr(gpuconv, {name!r})))"
+        assert fresh(script) is False
+        script = f"""
+import gpuconv, json
+try:
+    gpuconv.{name}
+except AttributeError as error:
+    print(json.dumps(str(error)))
+"""
+        assert fresh(script) == f"module 'gpuconv' has no attribute '{name}'; write: import gpuconv.{name}"
     with pytest.raises(ImportError, match="cannot import name 'conv2d' from 'gpuconv'"):
         exec("from gpuconv import conv2d")
 

@@ -17,7 +17,7 @@ from tests import NO_TORCH
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 # What `import gpuconv` leaves out.
-OTHERS = ("dask", "sigpy", "torch")
+OTHERS = ("dask", "torch")
 PUBLIC = ("gpuconv", *(f"gpuconv.{name}" for name in gpuconv.__all__ if inspect.ismodule(getattr(gpuconv, name))))
 
 

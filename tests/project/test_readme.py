@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 import gpuconv
-import gpuconv.sigpy
 from gpuconv.cli import info
 from tests import NO_SIGPY, NO_TORCH
 
