@@ -1,4 +1,4 @@
-"""A denoiser of a live voice: every 8 ms it gets 128 samples, and gives 128.
+"""A denoiser of a voice, here a simulated one: every 8 ms it gets 128 samples, and gives 128.
 
 A stream of conv1d splits them into frequencies, each is scaled by how far it exceeds the noise, and a stream of
 conv_transpose1d puts them together. The streams keep what they need of the past.

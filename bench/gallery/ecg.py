@@ -1,4 +1,4 @@
-"""An electrocardiogram without its hum, its noise and its wandering baseline: one band-pass, one call.
+"""A simulated electrocardiogram without its hum, its noise and its wandering baseline: one band-pass, one call.
 
 The filter is symmetric and the padding "same", so no wave is shifted in time. Reflecting the ends avoids a drop there.
 """
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 import gpuconv
 
 RATE = 250  # samples a second
-SECONDS, SHOWN = 10, 4  # that are recorded, and drawn
+SECONDS, SHOWN = 10, 4  # that are simulated, and drawn
 LOW, HIGH = 0.6, 40.0  # Hz, the edges of the band
 TAPS = 1001  # four seconds
 
@@ -35,7 +35,7 @@ def low_pass(cutoff: float) -> np.ndarray[Any, Any]:
 
 
 def compute() -> dict[str, Any]:
-    """The heart's signal, what an electrode records, and that after the filter, in millivolts."""
+    """The heart's signal, what an electrode would record, and that after the filter, in millivolts."""
     rng = np.random.default_rng(3)
     seconds = np.arange(SECONDS * RATE) / RATE
     beats = 0.45 + np.cumsum(0.83 + 0.03 * rng.standard_normal(SECONDS + 2)) - 0.83
@@ -63,8 +63,8 @@ def draw(signals: dict[str, Any]) -> Figure:
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 4.2), sharex=True, sharey=True)
     figure.subplots_adjust(left=0.08, right=0.985, top=0.925, bottom=0.115, hspace=0.3)
     above.plot(seconds, first["recorded"], color="#D55E00", linewidth=0.9, gid="recorded")
-    above.set(ylabel="voltage [mV]", title="As recorded: 50 Hz hum, noise, a wandering baseline")
-    below.plot(seconds, first["heart"], color="#BBBBBB", linewidth=3.2, label="the heart", gid="heart")
+    above.set(ylabel="voltage [mV]", title="A simulated ECG: 50 Hz hum, noise, a wandering baseline")
+    below.plot(seconds, first["heart"], color="#BBBBBB", linewidth=3.2, label="the heart alone", gid="heart")
     below.plot(seconds, first["filtered"], color="#0072B2", label="filtered", gid="filtered")
     below.set(xlabel="time [s]", ylabel="voltage [mV]", xlim=(0, SHOWN), ylim=(-1, 2), xticks=range(SHOWN + 1))
     below.set_title('gpuconv.conv1d(x, w, padding="same", padding_mode="reflect")', family="monospace", size=10)
