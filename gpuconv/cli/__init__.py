@@ -137,7 +137,7 @@ def _parser() -> Parser:
         epilog="exit codes: 0 success, 1 verify or bench found a wrong result, 2 bad usage, bad\n"
         "input or an unexpected error, 3 a GPU is needed and none is available, 130 interrupted,\n"
         "141 the output was closed by its reader, 143 terminated\n\n"
-        "example:\n  gpuconv verify\n  gpuconv conv1d speech.wav taps.npy out.wav --padding same\n\n"
+        "example:\n  gpuconv verify\n  gpuconv conv1d speech.wav taps.npy out.wav --padding same --dtype float32\n\n"
         "NO_COLOR=1 removes the colours of the progress bar, COLUMNS=N sets the width of lines.",
     )
     parser.add_argument("--version", action="version", version=f"gpuconv {__version__}")

@@ -37,7 +37,9 @@ def add_to(commands: Any, op: Op) -> None:
         "a .npy file. A large .npy file is computed in pieces, in constant memory; if that\n"
         "is interrupted, run the same command again to continue.",
         epilog=f"{EXIT_CODES_WITH_GPU}\n\nexample:\n  gpuconv {op} speech.wav taps.npy out.wav"
-        + (" --stride 2" if transposed else " --padding same"),
+        + (" --stride 2" if transposed else " --padding same")
+        + f" --dtype float32\n\nTaps that smooth, and add up to {'the stride' if transposed else 1}:\n"
+        f"  python -c \"import numpy as np; np.save('taps.npy', np.hanning(9) / {2 if transposed else 4})\"",
     )
     parser.add_argument("input", metavar="IN", help="input, .npy or .wav")
     parser.add_argument("weight", metavar="WEIGHT", help=f"weight {shape}, or taps (K,), .npy")

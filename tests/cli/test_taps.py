@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+
 import numpy as np
 import pytest
+import soundfile
 
 import gpuconv
 from gpuconv.cli import main
@@ -50,6 +53,20 @@ def test_taps_filter_each_channel_by_itself(op: str, pieces: str) -> None:
         weight = np.stack((taps, taps))[:, np.newaxis]
         expected = getattr(gpuconv, op)(x, weight, b, padding="same", stride=2, groups=2)
         np.testing.assert_allclose(np.load("y.npy"), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", ["conv1d", "conv_transpose1d"])
+def test_the_examples_of_the_help_run(op: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a recording at a constant level, which stays that level inside."""
+    assert main([op, "--help"]) == 0
+    examples = capsys.readouterr().out.replace(" \\\n", " ").partition("\nexample:\n")[2]
+    convolve, make = (shlex.split(line) for line in examples.splitlines() if line.startswith("  "))
+    soundfile.write("speech.wav", np.full(200, 0.5, np.float32), 8000, subtype="FLOAT")
+    exec(make[2])
+    assert main(convolve[1:]) == 0
+    found, rate = soundfile.read("out.wav")
+    assert (len(found), rate) == ((200, 8000) if op == "conv1d" else (407, 16000))
+    np.testing.assert_allclose(found[10:-10], 0.5, atol=1e-6)
 
 
 def test_one_filter_in_another_shape_is_told_what_filters_each_channel(capsys: pytest.CaptureFixture[str]) -> None:
