@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     missing = missing_gpu()
     if missing is not None:
-        raise CommandError(missing, EXIT_NO_GPU)
+        raise CommandError(f"{missing}; --arch compiles for a GPU that is not installed", EXIT_NO_GPU)
     device = runtime.current_gpu()
     configs = _configs(args, wanted, device)
     with show_progress("compiling") as progress:
