@@ -5,7 +5,7 @@
 //       + sum over c_in < C_in_g, k < K of weight[c_out, c_in, k] * input[n, g*C_in_g + c_in, l_in],
 //   g = c_out / C_out_g,   l_in = l_out - padding_left + k*dilation,   taps outside [0, L_in) left out.
 //
-// The products and sums of col2im.cuh.
+// col2im.cuh describes the products and how they are summed.
 //
 // Grid x: blocks of block_results results of each row (fastest), then samples, then groups. Grid y and z: 1. Dynamic shared
 // memory: that of mma.cuh, or a block's products, whichever is more.

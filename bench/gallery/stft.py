@@ -37,7 +37,7 @@ def bird() -> np.ndarray[Any, Any]:
 
 
 def compute() -> dict[str, Any]:
-    """A sound, its spectrogram in decibels, and the sound made of it again."""
+    """A sound, its spectrogram in decibels, and the sound made from that again."""
     sound = bird().astype(np.float32)
     window = np.hanning(SIZE + 1)[:SIZE]
     angles = 2 * np.pi * np.outer(np.arange(SIZE // 2 + 1), np.arange(SIZE)) / SIZE
@@ -60,7 +60,7 @@ def compute() -> dict[str, Any]:
 
 
 def draw(signals: dict[str, Any]) -> Figure:
-    """The spectrogram, and below it how far the sound that is made of it differs."""
+    """The spectrogram, and below it the sound that was made from it again."""
     sound, again = signals["sound"], signals["again"]
     seconds = np.arange(sound.size) / RATE
     figure, (above, below) = pyplot.subplots(

@@ -2,8 +2,7 @@
 
     python -m bench.gpu_report.gpu_tests [FILE ...] [--records FILE] [--worker I/N]
 
-A test file that cannot be imported here, since something that its other tests need is not installed, is recorded and
-stops nothing.
+A test file that cannot be imported, because a package is not installed, is recorded, and the run goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import pytest
 from ..speed.results import ROOT
 from . import records
 
-# What a file with tests marked `gpu` has in it: the mark, or the fixture of tests/conftest.py that brings it.
+# A file with tests marked `gpu` contains the mark, or the fixture of tests/conftest.py that sets it.
 _HAS_GPU_TESTS = re.compile(r"\bmark\.gpu\b|\bbackend: Backend\b")
 
 
@@ -28,7 +27,7 @@ def files_with_gpu_tests(tests: Path = ROOT / "tests") -> list[Path]:
 
 
 class Recorder:
-    """A pytest plugin: keeps the tests that are this process's and not done yet, and records each as it ends."""
+    """A pytest plugin that selects the tests of this process that are not done yet, and records each when it ends."""
 
     def __init__(self, file: records.Records, most: int | None = None) -> None:
         self.file, self.most = file, most

@@ -22,7 +22,7 @@ from ..layers import Ceilings
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = 1
 
-# Names the commit where the checkout has come without its history.
+# The name of the commit, for a checkout without its history.
 COMMIT_VARIABLE = "GPUCONV_COMMIT"
 
 Status = Literal["measured", "wrong", "absent", "refused", "failed"]
@@ -34,7 +34,7 @@ class Timing:
     """The time of one call, in microseconds, over `repeats` samples.
 
     Attributes:
-        us: the median; of the CPU path the least, since other processes can only add to it.
+        us: the median; for the CPU path the shortest time, since other processes can only make it longer.
         low_us, high_us: the 10th and 90th percentile.
     """
 
@@ -55,13 +55,13 @@ PREPARED = "gpuconv, prepared weight"
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one implementation on one layer.
+    """The result of one implementation on one layer.
 
     Attributes:
         subject: "gpuconv" or the peer's name.
         status: "measured"; "wrong" (the result failed its check, so there are no times); "absent" (not installed);
             "refused" (does not offer this problem); "failed" (an error, or no time left).
-        note: why it was not measured, or what to know of the figure.
+        note: why it was not measured, or a remark about the figure.
         comparable: whether it computes the same thing, from and to NCL arrays, at the same precision: such peers
             count for the ratio.
         replay: time within a CUDA graph, or None.
@@ -184,7 +184,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Unmeasured:
-    """A layer that the run did not come to, and why."""
+    """A layer that the run did not reach, and why."""
 
     layer: str
     mode: str

@@ -20,12 +20,12 @@ CORE_SHARE = 0.63
 # Of the data sheet's bandwidth: large transposes and passes over the output (3.8 of 4.8 TB/s on H200, an assumption),
 # and cuDNN's kernel for depthwise layers in float16 (1.58 of 3.35 TB/s on H100, pull request 175280).
 COPY_SHARE, DEPTHWISE_SHARE = 0.79, 0.47
-# Microseconds of a call besides: cuDNN's own launches, before and behind the convolution (an assumption).
+# Microseconds that a call takes in addition: cuDNN's own launches before and after the convolution (an assumption).
 CALL_US = 8.0
 # PyTorch's own depthwise kernel, a thread an output: instructions of a thread, and of each of its taps (an assumption,
 # from its source: four divisions, then a load of the input and one of the weight with their addresses and checks).
 THREAD_INSTRUCTIONS, TAP_INSTRUCTIONS = 40, 12
-# cuDNN takes a depthwise layer of at least so many channels in float16, without stride or dilation (PyTorch's source).
+# PyTorch lets cuDNN compute float16 depthwise layers of so many channels, without stride and dilation (its source).
 CUDNN_DEPTHWISE_CHANNELS = 32
 
 
@@ -33,7 +33,7 @@ AnyProblem: TypeAlias = ConvProblem | WeightGradientProblem
 
 
 def predict_cudnn(problem: AnyProblem, device: Device) -> float | None:
-    """Microseconds of a call on NCL arrays under CUDA graph replay; None where nothing is known to go by.
+    """Microseconds of a call on NCL arrays under CUDA graph replay; None where no figures are known.
 
     A bias is a pass of its own over the output (PyTorch's source, Convolution.cpp).
     """
@@ -56,10 +56,10 @@ def predict_cudnn(problem: AnyProblem, device: Device) -> float | None:
 def _transposed_bytes(p: AnyProblem) -> int:
     """Bytes of the arrays that are copied to channels_last, or from it, for tensor cores.
 
-    In 16 bits the weights are, too: two transposes come before each convolution, one behind it, and a layer of one tap
-    has none, being a product of matrices in either layout (profiles of PyTorch in apex's issue 530 and of TensorFlow in
-    its issue 15897; both are of older GPUs). TF32 has kernels for both layouts (TensorFlow's pull request 56744), of
-    which no profile is known: only input and output are counted.
+    In 16 bits the weights are copied, too: two transposes come before each convolution and one after it. A layer of one
+    tap needs none, since it is a product of matrices in either layout (profiles of PyTorch in apex's issue 530 and of
+    TensorFlow in its issue 15897, both on older GPUs). For TF32 there are kernels for both layouts (TensorFlow's pull
+    request 56744), but no profile is known, so only input and output are counted.
     """
     if p.K == p.stride == 1:
         return 0

@@ -85,14 +85,14 @@ def _edges_step(p: ConvProblem, layout: Layout, first: int, last: int) -> Step:
 def fold_step(p: ConvProblem, layout: Layout) -> Step | None:
     """The step that folds the padding of a transposed operation; None where there is none."""
     first, second = padded_samples(p.padding_mode, p.padding_left, p.padding_right, p.L_out)
-    if p.has_lengths:  # in shorter samples the second range is elsewhere, so the ranges may not be merged
+    if p.has_lengths:  # in shorter samples the second range lies elsewhere, so the ranges must stay apart
         first, second = padded_samples(p.padding_mode, p.padding_left, p.padding_right, p.L_out, apart=False)
     edges = len(first) + len(second)
     if edges == 0:
         return None
     num_outputs = p.N * p.C_out * edges
     grid = min(-(-num_outputs // (BLOCK_SIZE // WARP)), MAX_GRID)
-    # When a lane's loop ends, its channel may be up to 32 behind the last.
+    # At the end of its loop a lane has advanced to a channel up to 32 behind the last.
     bits = index_bits(p, layout, Overhang(), num_outputs + grid * BLOCK_SIZE, p.C_in_g + WARP)
     own = {
         "num_outputs": num_outputs,

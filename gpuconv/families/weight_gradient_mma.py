@@ -28,27 +28,27 @@ from .weight_gradient_costs import GradientLaunch
 from .weight_gradient_sides import cores_us, exchanged, exchanged_layout, exchanged_plan, scattered_us
 from .weight_gradient_window import OCTET, PRODUCT_ROWS, STEP, Columns, Fetch, Window
 
-# With fewer channels of fine its octets are of taps; with fewer of those they are half empty.
+# With few channels of fine, an octet holds taps in their place; with fewer taps than this it would not be full.
 MIN_TAPS = 8
-# With fewer channels of coarse, weight_gradient_pairs reads each row of fine hardly more often. With few channels on
-# both sides it is faster up to more channels of coarse, unless many taps are multiplied at once.
+# With fewer channels of coarse, weight_gradient_pairs reads each row of fine hardly more often than this family does.
+# Where both sides have few channels, it is faster up to a larger number of channels of coarse, except for many taps.
 MIN_ROWS = 5
 MIN_ROWS_OF_MANY_COLUMNS, MANY_COLUMNS = 4, 64
-# So few columns fill the tiles of weight_gradient_tiled, which is faster than three products if many rows do, too.
+# weight_gradient_tiled fills its tiles with so few columns; with many rows it is faster than three products here.
 FEW_SPLIT_COLUMNS, MAX_ROWS_OF_FEW_COLUMNS = 16, 64
 
-# Narrow tiles, of fewer threads, are for results of which so many cover a group's; wider ones would be mostly empty.
+# Tiles of fewer threads are narrow: for small results, which few of them cover. Wide ones would be mostly empty there.
 WIDE_THREADS, MOST_NARROW_TILES = 128, 3
 
-# GPUs whose predicted times decide how sums are cut; how many tilings are compared for this; and how much slower than
-# the cut by rule another may be on one of them.
+# The predicted times on these GPUs decide how sums are cut; so many tilings are compared for this; and on each GPU a
+# cut may take at most so much of the time of the cut by rule.
 _REFERENCE_DEVICES = Device.from_arch("sm_90"), Device.from_arch("sm_80")
 _REFERENCE_TILINGS = 4
 _TOLERATED = 1.02
-# The sides are exchanged where this is predicted to take at most so much of the time on each of them.
+# The sides are exchanged where this takes at most so much of the time on each of these GPUs, as predicted.
 _WORTH_EXCHANGING = 0.95
 
-_LEAST = Fetch.POSITION, Fetch.POSITION  # of arrays that need wide offsets
+_LEAST = Fetch.POSITION, Fetch.POSITION  # for arrays that need 64-bit offsets
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Tile(BlockTile):
 
     Attributes:
         chunk_rows: positions of a chunk.
-        ahead_coarse, ahead_fine: the vectors of the next chunk that a thread loads ahead at most.
+        ahead_coarse, ahead_fine: the most vectors of the next chunk that a thread loads in advance.
     """
 
     chunk_rows: int
@@ -65,9 +65,9 @@ class Tile(BlockTile):
     ahead_fine: int
 
 
-# By the parts of an operand; the last one is for arrays that need wide offsets, too. Three sets of sums leave a split
-# product registers for warps of 48x32. Tiles of 48 rows are for groups of 48 channels, narrow ones for small results.
-# Long chunks load most of a window once whose taps lie far apart.
+# By the parts of an operand. Arrays that need 64-bit offsets use the last tile alone. A split product has three sets of
+# sums, whose registers allow warps of 48x32. Tiles of 48 rows are for groups of 48 channels, narrow ones for small
+# results. In a long chunk most of a window is loaded only once, even if its taps lie far apart.
 TILES: dict[int, tuple[Tile, ...]] = {
     1: (
         Tile(128, 256, 2, 4, 1, 32, 4, 4),
@@ -308,7 +308,7 @@ def _refusal(p: WeightGradientProblem, *, takes_few_taps: bool = False) -> Refus
 
 
 def _least_rows(p: WeightGradientProblem, is_split: bool) -> int:
-    """The fewest channels of coarse in a group with which the family is faster than others."""
+    """The fewest channels of coarse in a group for which the family is faster than the others."""
     if p.C_fine_g >= MIN_CHANNELS:
         return MIN_ROWS
     if is_split:
@@ -324,14 +324,14 @@ def _slices(problem: WeightGradientProblem) -> Slices:
 def _cut(problem: WeightGradientProblem) -> tuple[Slices, tuple[float, ...]]:
     """The cut that the cost model prefers on two GPUs together, whatever the GPU and the layout, and its times there.
 
-    None that would be slower on one of them than the cut by rule, or that breaks the error bound if another does not.
+    On neither GPU is it slower than the cut by rule, and it keeps the error bound if any cut does.
     """
     p = replace(problem, has_lengths=False)
     cuts = Slices.of_tensor_cores(p)
     cuts = tuple(cut for cut in cuts if _keeps_bound(p, cut)) or cuts[:1]
     layout = Layout.contiguous(p)
     tap_width = _tap_width(p, layout, 32)
-    # The best tilings of the cut by rule; those of other cuts are like them. Narrow tiles count where one is the best.
+    # The best tilings for the cut by rule are the best for other cuts, too. Narrow tiles count if one is the very best.
     first = _REFERENCE_DEVICES[0]
     compared = _compare(p, cuts[0], _fetches(p, layout, 32, first), tap_width, first, 32)
     best = [t for t in compared if t is compared[0] or t.tile.threads >= WIDE_THREADS][:_REFERENCE_TILINGS]
@@ -351,7 +351,7 @@ def _cut(problem: WeightGradientProblem) -> tuple[Slices, tuple[float, ...]]:
 
 
 def _index_bits(p: WeightGradientProblem, layout: Layout) -> int:
-    # Samples, positions and channels behind the last, of which addresses are formed.
+    # Addresses are also formed of samples, positions and channels behind the last.
     slices = _slices(p)
     overhang = slices.overhang(
         samples=_chunk(slices, _LARGEST_CHUNK)[0],
@@ -364,7 +364,7 @@ def _index_bits(p: WeightGradientProblem, layout: Layout) -> int:
 
 
 def _tiles(arithmetic: Arithmetic, bits: int, *, few_rows: bool = False) -> tuple[Tile, ...]:
-    """`few_rows`: for problems whose rows are fewer than a unit has."""
+    """The tiles to choose from; `few_rows`: for problems with fewer rows than a unit."""
     tiles = TILES[arithmetic.parts]
     if bits != 32:
         return tiles[-1:]
@@ -385,8 +385,8 @@ def _fetches(p: WeightGradientProblem, layout: Layout, bits: int, device: Device
     coarse, fine = (
         Fetch.POSITION if p.has_lengths else _fetch_of_rows(array, extents, p.itemsize) for array, extents in arrays
     )
-    # Neighbours outside of fine may mean samples that are no neighbours.
-    # Windows of neighbouring taps have all positions, whatever the stride.
+    # Neighbouring positions outside of fine may stand for samples that are not neighbours.
+    # The windows of neighbouring taps hold every position, whatever the stride.
     if p.stride > 1 < p.dilation or p.padding_mode != "zeros" or in_taps:
         fine = Fetch.POSITION
     if of_units[0]:
@@ -399,7 +399,7 @@ def _alternatives(
 ) -> Iterator[tuple[Columns, tuple[Fetch, Fetch]]]:
     """Columns and ways of loading between which the cost model decides: see `_tilings`.
 
-    Few taps of a large stride leave out most positions.
+    With few taps and a large stride, most positions of a wide load would not be used.
     """
     coarse, fine = widest
     for columns in Columns.every(p, tap_width):
@@ -418,13 +418,13 @@ def _fetch_of_rows(array: ArrayLayout, extents: tuple[int, int, int], itemsize: 
         starts = (stride for stride, extent in ((stride_n, N), (stride_c, C)) if extent > 1)
         if all(n % fetch.align == 0 for n in (L, *starts)) and array.alignment >= fetch.align * itemsize:
             return fetch
-    # Of words that two rows share, none may lie before the first row.
+    # A word may belong to two rows, but none may lie before the first row.
     is_shifted = itemsize == 2 and array.alignment >= 4 and stride_c % 2 == 1 and stride_c > 0 <= stride_n
     return Fetch.SHIFTED if is_shifted else Fetch.POSITION
 
 
 def _every_fetches(arithmetic: Arithmetic, device: Device) -> Iterator[tuple[Fetch, Fetch]]:
-    """Of all layouts."""
+    """The ways of loading coarse and fine that any layout can need."""
     rows = [fetch for fetch in Fetch if fetch is not Fetch.UNIT]
     if arithmetic.itemsize == 4:
         rows.remove(Fetch.SHIFTED)
@@ -448,7 +448,7 @@ def _fetches_of(config: Config) -> tuple[Fetch, Fetch]:
 
 
 def _tap_width(p: WeightGradientProblem, layout: Layout, bits: int) -> int:
-    """Neighbouring taps that one access loads, as the layout allows."""
+    """How many neighbouring taps one access loads, as the layout allows."""
     array = layout["fine"]
     stride_n, stride_c, stride_l = array.strides
     begins_even = (stride_n % 2 == 0 or p.N == 1) and (stride_c % 2 == 0 or p.C_fine == 1)
@@ -457,10 +457,10 @@ def _tap_width(p: WeightGradientProblem, layout: Layout, bits: int) -> int:
 
 
 def _pitches(rows: int, arithmetic: Arithmetic) -> tuple[int, int]:
-    """Rows of shared memory from unit to unit of an octet, and from octet to octet.
+    """The distances in shared memory from unit to unit of an octet, and from octet to octet, in rows.
 
-    The two units of an octet of 32-bit data, which a fragment reads at once, lie on different banks; so do eight
-    neighbouring units, to which a store goes.
+    A fragment reads both units of an octet of 32-bit data at once, so these lie on different banks. So do eight
+    neighbouring units, because one store goes to all of them.
     """
     if arithmetic.channels == OCTET:
         return rows, rows + (1 - rows) % 8
@@ -471,22 +471,22 @@ def _pitches(rows: int, arithmetic: Arithmetic) -> tuple[int, int]:
 def _keeps_bound(p: WeightGradientProblem, slices: Slices) -> bool:
     """Whether the sums are within `reference.Sums.error_bound`, counted as there, in units of u times the magnitude.
 
-    Steps begin anew with every sample, and few terms of a step may exist. So there may be more blocks of products, of
-    which each costs one unit besides those of its products, than a third of the terms, for which the bound has room.
-    That a slice is shorter than the whole sum pays for it, except where samples are short and slices few. Blocks are
-    of 16 bytes at least.
+    A block of products costs one unit in addition to those of its products, and the bound has room for one block for
+    every three terms. There may be more blocks, since a step begins with every sample and few of its terms may exist.
+    Slices that are shorter than the whole sum make up for this, unless samples are short and slices few. A block has
+    at least 16 bytes.
     """
     arithmetic = ARITHMETICS[p.dtype, p.precision]
     run = min(p.terms // p.N, slices.positions)  # terms of one sample in a slice, at most
 
     def pieces(length: int) -> int:
-        """How many neighbouring pieces of a length the run meets, in all samples."""
+        """How many pieces of this length, one after the other, the runs of all samples touch."""
         return slices.samples * min(-(-slices.positions // length), (run + length - 2) // length + 1)
 
     if arithmetic.parts == 1:
         units = slices.samples * run + pieces(arithmetic.channels) + slices.count - 1
         return 3 * units <= 4 * p.terms + 6
-    # The parts left out and cut off, the sum of a step, the small products; then the totals.
+    # What is left out and cut off, the sum of a step and the small products; then the additions to the totals.
     return 4 + 4 + 8 + 20 + p.terms / 400 + pieces(STEP) + slices.count <= p.terms + 2
 
 
@@ -494,7 +494,7 @@ def _keeps_bound(p: WeightGradientProblem, slices: Slices) -> bool:
 def _tilings(
     p: WeightGradientProblem, widest: tuple[Fetch, Fetch], tap_width: int, device: Device, bits: int
 ) -> tuple[_Tiling, ...]:
-    """The tilings that fit the device, the cheapest first; of each tile the one with the best octets and taps.
+    """The tilings that fit the device, the fastest first: for each tile the one with the best octets and taps.
 
     The last tile of each arithmetic fits every device with blocks of one tap, however its arrays are loaded.
 
@@ -537,7 +537,7 @@ def _tiling(
     device: Device,
     bits: int,
 ) -> _Tiling | None:
-    """None where it does not fit the device."""
+    """A tiling with its predicted time; None if it does not fit the device."""
     arithmetic = ARITHMETICS[p.dtype, p.precision]
     samples, rows = _chunk(slices, tile.chunk_rows)
     octets = min(tile.block_n // OCTET // taps, columns.octets)
@@ -576,7 +576,7 @@ def _tiling(
 
 
 def _chunk(slices: Slices, rows: int) -> tuple[int, int]:
-    """Samples of a chunk, and the positions of each of them: short samples are filled up to whole steps."""
+    """The samples of a chunk, and the positions of each. Short samples are filled up to whole steps."""
     length = STEP
     while length < slices.positions:
         length *= 2
@@ -592,7 +592,7 @@ def _shared_bytes(
     bits: int,
     stride: int,
 ) -> int:
-    """Of a block; `fetch`: of fine."""
+    """The bytes of shared memory of a block; `fetch` is that of fine."""
     rows = octets * _pitches(window.rows, arithmetic)[1]
     rows += tile.block_m // OCTET * _pitches(tile.chunk_rows, arithmetic)[1]
     tasks = OCTET // arithmetic.channels * octets * window.rows // fetch.width

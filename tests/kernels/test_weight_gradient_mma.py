@@ -83,7 +83,7 @@ def expect_exact(p: WeightGradientProblem, **how: Any) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels() -> None:
-    """Most of what the tests need, compiled together, which takes less than one by one."""
+    """Most kernels that the tests need, compiled together, which is faster than one by one."""
     of_table = {kernel_of(FAMILY, p, Layout.contiguous(p), DEVICE)[0] for mode in MODES for _, p in table(mode)}
     of_tiles = {FAMILY._config(tile, *mode, (Fetch.RUN, Fetch.RUN), 32) for mode, tile in EVERY_TILE}
     hostcuda.prebuild([*of_table, *of_tiles])
@@ -91,7 +91,7 @@ def kernels() -> None:
 
 @pytest.fixture
 def use_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A function that leaves the family one tile; sums are cut as with all of them."""
+    """A function that leaves the family a single tile. Sums are cut as if it had all tiles."""
     every, cut, most = mma.TILES, mma._cut, mma.MOST_NARROW_TILES
 
     def cut_with_all(p: WeightGradientProblem) -> tuple[Slices, tuple[float, ...]]:
@@ -114,7 +114,7 @@ def use_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_the_table(mode: tuple[str, str]) -> None:
-    """Integers exactly; normal data within the bound, with values that are no numbers where they belong."""
+    """Integers are exact; normal data are within the bound, and NaN and infinities are where they belong."""
     taken = list(table(mode))
     assert len(taken) >= (2 if mode == SINGLE else 10)  # few of its sums have as many terms as the split needs
     for i, (name, p) in enumerate(taken):
@@ -125,7 +125,7 @@ def test_the_table(mode: tuple[str, str]) -> None:
 
 
 def test_rows_that_are_no_whole_eights_of_units(use_tile: Any) -> None:
-    """Tiles of 48 rows have twelve units of 32 bits, of which lanes take eight at a time, or six of 16, by fours."""
+    """A tile of 48 rows has 12 units of 32-bit data, which lanes take by eights, or 6 of 16-bit data, by fours."""
     (tile,) = (tile for tile in mma.TILES[1] if tile.block_m == 48)
     use_tile(1, tile)
     p = problem(48, 16, 61, 3)
@@ -192,7 +192,7 @@ def test_rows_are_loaded_as_wide_as_their_layout_allows() -> None:
             assert fetches(problem(24, 20, L, 4, mode, 4 * L, stride=3, dilation=2)) == (expected, Fetch.POSITION)
     assert fetches(problem(24, 20, 152, 3, padding_left=0)) == (Fetch.RUN, Fetch.PAIRS)
     assert fetches(problem(24, 20, 151, 4, padding_left=0)) == (Fetch.SHIFTED, Fetch.PAIRS)
-    # Words are shared by neighbouring rows alone, and by none in front of the array.
+    # Only neighbouring rows share words, and no word lies before the array.
     p = problem(24, 20, 151, 5)
     for strides, alignment, expected in (
         ((24 * 153, 153, 1), 4, Fetch.SHIFTED),
@@ -207,7 +207,7 @@ def test_rows_are_loaded_as_wide_as_their_layout_allows() -> None:
         assert fetches(p, coarse=ArrayLayout(strides, alignment))[0] is expected, strides
 
 
-# Of rows of odd length: runs that end after one to three positions and whole ones, of both arrays.
+# Rows of odd length: in both arrays, runs that are whole and runs that end after one to three positions.
 SHIFTED = (
     problem(16, 9, 33, 3, padding_left=1),
     problem(9, 16, 35, 2, N=1, padding_left=2, dilation=3, L_fine=35),
@@ -227,7 +227,7 @@ def small_tile(use_tile: Any) -> None:
 
 @pytest.mark.usefixtures("small_tile")
 def test_words_that_two_rows_share() -> None:
-    """They have the bits of single elements; what lies between rows has no part in them."""
+    """Results have the same bits as with loads of single elements, and do not depend on what lies between rows."""
     for p in SHIFTED:
         coarse, fine = normal(p)
         expected = run(p, *map(unaligned, (coarse, fine)))
@@ -242,7 +242,7 @@ def test_words_that_two_rows_share() -> None:
 
 @pytest.mark.usefixtures("small_tile")
 def test_rows_of_strided_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of neighbouring positions, which belong to several planes, have the bits of single positions."""
+    """A run of positions belongs to several planes; results have the same bits as with loads of single positions."""
     monkeypatch.setattr(mma, "_alternatives", lambda p, widest, _: ((Columns.of(p, in_taps=False), widest),))
     monkeypatch.setitem(mma.TILES, 2, tuple(t for t in mma.TILES[2] if (t.block_m, t.block_n) == (16, 128)))
     for mode, fetch, lengths in (
@@ -272,7 +272,7 @@ def padded(array: Array) -> Array:
 
 @pytest.mark.usefixtures("small_tile")
 def test_no_word_is_read_that_is_partly_outside_of_the_array(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such a word lies in one page with elements, so guard pages cannot find it."""
+    """Guard pages cannot find such a word, since it lies in one page with elements."""
     whole = Program.of
     load, start = "return *reinterpret_cast<const Run*>(from);", "    Sums acc;\n    multiply_slice("
     check = """
@@ -321,7 +321,7 @@ def test_no_word_is_read_that_is_partly_outside_of_the_array(monkeypatch: pytest
 def test_planes_hold_all_rows_of_their_taps(
     taps: int, dilation: int, padding: int, fetch: Fetch, data: st.DataObject
 ) -> None:
-    """Planes of aligned runs begin with as few rows in front of those that their taps need as all blocks allow."""
+    """Planes of aligned runs begin as few rows before those that their taps need as suits all blocks."""
     p = problem(8, 8, 300, taps, dilation=dilation, padding_left=padding)
     of_block = data.draw(st.integers(1, taps))
     window = Window.of(p, Columns.of(p, in_taps=False), of_block, 1, 32, fetch)
@@ -353,7 +353,7 @@ def test_edges(mode: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("mode", [HALF, SINGLE], ids=str)
 def test_octets_of_taps(mode: tuple[str, str]) -> None:
-    """Few channels of fine: taps that fill octets and do not, in one tile and several; every form of window; edges."""
+    """With few channels of fine: taps that fill octets or do not, one tile and several, every window, edges."""
     for C, K in ((1, 32), (1, 130), (2, 17), (3, 15), (4, 8), (7, 9)):
         expect_exact(problem(16, C, 40, K, mode, N=3))
     for stride, dilation in ((2, 1), (3, 3), (8, 1), (10, 1), (50, 2), (1, 40)):
@@ -372,7 +372,7 @@ def test_octets_of_taps(mode: tuple[str, str]) -> None:
 def test_octets_of_taps_and_of_channels_have_the_same_bits(
     mode: tuple[str, str], use_tile: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Strided layers whose taps begin at even positions may have either, those of fewer rows than a unit, too."""
+    """Strided layers whose taps begin at even positions may use either, also with fewer rows than a unit."""
     configs = set(FAMILY.configs(DEVICE))
     small = next(tile for tile in mma.TILES[ARITHMETICS[mode].parts] if tile.block_m == 16)
     for rows, C, K, stride, groups in ((20, 9, 19, 4, 1), (5, 8, 24, 8, 2)):
@@ -391,7 +391,7 @@ def test_octets_of_taps_and_of_channels_have_the_same_bits(
 
 @pytest.mark.parametrize("mode", [HALF, SINGLE], ids=str)
 def test_two_taps_are_loaded_at_once_where_they_begin_even(mode: tuple[str, str]) -> None:
-    """And change no bit: fine that begins between two is loaded tap by tap."""
+    """Bits stay the same. If fine begins at an odd position, its taps are loaded one by one."""
     for C, K, stride, L_fine in ((1, 32, 4, 150), (2, 17, 2, 70), (3, 9, 10, 380)):
         p = problem(17, C, 40, K, mode, L_fine, N=9, stride=stride, padding_left=6)
         coarse, fine = integers(p)
@@ -406,7 +406,7 @@ def test_two_taps_are_loaded_at_once_where_they_begin_even(mode: tuple[str, str]
 
 
 def test_fewer_rows_than_a_unit_has() -> None:
-    """Or than a product; also of groups with few channels on both sides, whose taps fill octets."""
+    """Also fewer rows than a product has, and groups with few channels on both sides, whose taps fill octets."""
     for mode in MODES:
         for rows, C, K, groups, how in (
             (5, 8, 3, 1, {"dilation": 2}),
@@ -425,14 +425,14 @@ def test_fewer_rows_than_a_unit_has() -> None:
 
 
 def test_specialisations_for_few_rows_are_those_of_units_that_they_do_not_fill() -> None:
-    """A unit of 32-bit elements has fewer channels than the family takes at least."""
+    """In 32 bits there are none: a unit has fewer channels than the least that the family takes."""
     few = [macros for config in FAMILY.configs(DEVICE) if "FEW_ROWS" in (macros := dict(config.macros))]
     assert {macros["DTYPE"] for macros in few} == {"float16", "bfloat16"}
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_86"])
 def test_every_way_of_loading_fits_the_smallest_shared_memory(arch: str) -> None:
-    """One tap of every octet, also of two short samples in a chunk, in which runs begin early."""
+    """One tap for each octet, also with two short samples in a chunk, where runs begin early."""
     device = Device.from_arch(arch)
     for mode, arithmetic in arithmetics(device).items():
         for p in (
@@ -447,7 +447,7 @@ def test_every_way_of_loading_fits_the_smallest_shared_memory(arch: str) -> None
 
 
 def test_samples_of_a_chunk_are_staged_once() -> None:
-    """The cost model counts as many bytes of 32 samples by twos as one by one."""
+    """The cost model counts the same bytes for 32 samples whether a chunk has two of them or one."""
     p = problem(16, 16, 16, 3, N=32)
     columns = Columns.of(p, in_taps=False)
     for last in (False, True):
@@ -489,13 +489,13 @@ def test_slices_cover_every_position_once() -> None:
 
 
 def test_slices_have_about_the_same_samples() -> None:
-    """Of 16 samples that are to be cut in three, five a slice would leave one for the fourth."""
+    """16 samples in three slices: slices of five would leave one sample for a fourth."""
     p = problem(600, 600, 80, 3, N=16, dilation=8)
     assert Slices.of_tensor_cores(p)[0] == Slices(4, 4, 80, 1)
 
 
 def test_the_cut_depends_on_the_problem_alone() -> None:
-    """There is one slice where its results keep a GPU busy; lengths of their own change nothing."""
+    """If the results alone keep a GPU busy there is one slice. Lengths of samples change nothing."""
     p = problem(80, 80, 862, 1024, N=1, stride=256, L_fine=221440)
     assert mma._slices(p).count == 1
     assert Slices.of_tensor_cores(p)[0].count == 2
@@ -522,7 +522,7 @@ def test_bits_do_not_depend_on_tile_or_widths(mode: tuple[str, str], tile: mma.T
 
 @pytest.mark.parametrize("tile", [t for t in mma.TILES[2] if t.threads < mma.WIDE_THREADS], ids=str)
 def test_narrow_tiles(tile: mma.Tile, use_tile: Any) -> None:
-    """Full ones, of whose columns some lanes store more than others; sums that are no numbers are formed again."""
+    """Full tiles, where some lanes store more columns than others; sums that are NaN are computed again."""
     columns = tile.block_n // OCTET
     p = problem(tile.block_m, 8 if columns > 2 else 2, 4000, columns if columns > 2 else 8, SINGLE)
     long = replace(p, N=64)
@@ -538,7 +538,7 @@ def test_narrow_tiles(tile: mma.Tile, use_tile: Any) -> None:
 
 
 def test_bits_do_not_depend_on_the_chunks_of_samples(use_tile: Any) -> None:
-    """Short samples are multiplied one by one or several in a chunk, as the chunk's length tells."""
+    """A chunk multiplies one short sample or several, depending on its length."""
     p = problem(16, 16, 20, 3, ("bfloat16", "float32"), N=24)
     arrays = normal(p)
     results = []
@@ -553,7 +553,7 @@ def test_bits_do_not_depend_on_the_chunks_of_samples(use_tile: Any) -> None:
 def test_no_chunk_has_steps_behind_the_last_position(
     N: int, L: int, cut: Slices, use_tile: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Infinities that zeros alone would meet there make no sum one that is formed again, whatever the chunk."""
+    """Infinities there, which only zeros would meet, cause no second computation of a sum, whatever the chunk."""
     p = problem(16, 16, L, 16, ("float32", "tf32"), N=N, padding_left=22, dilation=3)
     coarse, fine = normal(p)
     fine[:, :, -(-L // STEP) * STEP - 20] = np.inf  # 2 positions behind what the last step meets with the first tap
@@ -567,7 +567,7 @@ def test_no_chunk_has_steps_behind_the_last_position(
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_only_terms_that_exist_count(mode: tuple[str, str]) -> None:
-    """Infinities that meet padding or other slices give no NaN; those that meet a term spread to its results alone."""
+    """Infinities that meet padding or other slices give no NaN; those in a term change its results alone."""
     p = problem(16, 8, 1040, 3, mode, N=1)
     coarse, fine = integers(p)
     cut = mma._slices(p)
@@ -659,7 +659,7 @@ def test_architectures() -> None:
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_costs_in_roundings_keep_the_bound(mode: tuple[str, str]) -> None:
-    """What `_keeps_bound` allows, counted term by term: the terms, and the blocks of products that have any."""
+    """Count term by term what `_keeps_bound` allows: the terms, and the blocks that have any."""
     rng = np.random.default_rng(1)
     arithmetic, taken = ARITHMETICS[mode], 0
     for _ in range(300):
@@ -710,7 +710,7 @@ def test_matrix_loads_meet_no_bank_conflicts(p: WeightGradientProblem) -> None:
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_pitches_of_shared_memory(mode: tuple[str, str]) -> None:
-    """32-bit fragments are read, and eight neighbouring units stored, without bank conflicts, whatever the rows."""
+    """Reading 32-bit fragments and storing eight neighbouring units cause no bank conflicts for any number of rows."""
     arithmetic = ARITHMETICS[mode]
     units = OCTET // arithmetic.channels  # of an octet
     for rows in range(16, 80):
