@@ -116,7 +116,7 @@ class _IdleExecutor:
 
 
 def _first_device() -> int:
-    """In place of CUDA's function; a `Mock` would take longer than the rest of a call."""
+    """Stands in for CUDA's function. A `Mock` would take longer than the rest of a call."""
     return 0
 
 

@@ -77,7 +77,7 @@ class Pair:
 
     @classmethod
     def of(cls, layer: Layer, dtype: str, slots: int, samples: int, xp: Any) -> Pair:
-        """On NumPy's or CuPy's arrays.
+        """Measure on NumPy's or CuPy's arrays.
 
         Raises:
             RuntimeError: the two differ, bit for bit on a GPU, or by more than rounding.
@@ -143,7 +143,7 @@ def on_cpu(layer: Layer, dtype: str, slots: int, samples: int, turns: int) -> li
 
 
 def on_gpu(layer: Layer, dtype: str, slots: int, samples: int, turns: int) -> list[Row]:
-    """On CuPy's current device."""
+    """Measure on CuPy's current device."""
     cupy = runtime.cupy_module()
     rows, queue = [], cupy.cuda.Stream(non_blocking=True)
     with queue:

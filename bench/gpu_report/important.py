@@ -59,7 +59,7 @@ def cases(directions: Sequence[Direction] = ("forward",), *, rehearse: bool = Fa
 def work(
     directions: Sequence[Direction], *, seconds: float, rehearse: bool, engine: GpuEngine | None = None
 ) -> Iterator[tuple[str, records.Work]]:
-    """Where it was measured, then one piece of work for each case; none takes samples after `seconds`."""
+    """First a record of the machine, then a piece of work for each case. No case takes samples after `seconds`."""
     end = time.monotonic() + seconds
     engine = engine or GpuEngine(rehearse=rehearse)
     method = Method(repeats=1, sample_us=1.0) if rehearse else Method(repeats=REPEATS)
@@ -83,7 +83,7 @@ def work(
 
 
 def result(found: Iterable[dict[str, Any]]) -> RunResult | None:
-    """The run described by the records of one or more directions; None without the record of where it was."""
+    """The run that the records of one or more directions describe; None without the record of the machine."""
     rows = {record["key"]: record for record in found}
     if WHERE not in rows or "environment" not in rows[WHERE]:
         return None

@@ -214,7 +214,7 @@ def read_archive(archive: Path, folder: Path) -> list[Ended]:
 
 
 def _own_group() -> None:
-    """Of a new process: it can be ended with its children, and ends when its parent is killed."""
+    """Let a new process be ended together with its children, and end when its parent is killed."""
     os.setpgid(0, 0)
     if sys.platform == "linux":
         pr_set_pdeathsig = 1

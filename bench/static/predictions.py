@@ -114,7 +114,7 @@ class Forecast:
 
     @property
     def ratio(self) -> float | None:
-        """Of cuDNN's time over ours: below 1 the layer is likely to lose."""
+        """The predicted time of cuDNN over ours. Below 1 our kernel is likely to be slower."""
         return None if self.cudnn_us is None else self.cudnn_us / self.prediction.us
 
 

@@ -119,7 +119,7 @@ class Resources:
 
     @property
     def local_bytes(self) -> int:
-        """Of local memory, and of spills to it."""
+        """Bytes of local memory, including what is spilled to it."""
         return self.stack_bytes + self.spill_store_bytes + self.spill_load_bytes
 
 
@@ -440,7 +440,7 @@ class Compiled(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """Of the machine code: what has the same has the same report."""
+        """A digest of the machine code: kernels with the same digest have the same report."""
         return hashlib.sha256(self.cubin).hexdigest()[:16]
 
 

@@ -47,7 +47,7 @@ class Access(IntEnum):
 
     @property
     def width(self) -> int:
-        """Its positions."""
+        """How many positions it loads."""
         return 2 if self is Access.PAIR else 1
 
     @property
@@ -124,5 +124,5 @@ NO_ARITHMETIC = "needs float16 (sm_75), bfloat16 or float32 (sm_80)"
 
 
 def arithmetics(device: Device) -> dict[tuple[str, str], Arithmetic]:
-    """Those of `ARITHMETICS` that a device has."""
+    """The entries of `ARITHMETICS` that a device supports."""
     return {key: found for key, found in ARITHMETICS.items() if device.arch >= found.min_arch}

@@ -74,7 +74,7 @@ class Divisor(NamedTuple):
 
     @classmethod
     def of(cls, divisor: int) -> Divisor:
-        """For 0 <= value < 2**31 and 1 < divisor < 2**31; kernels handle 1 separately, and 64-bit kernels divide.
+        """Valid for 0 <= value < 2**31 and 1 < divisor < 2**31. Kernels handle 1 separately, and 64-bit kernels divide.
 
         With 2**(bits-1) < divisor <= 2**bits the magic number m = floor(2**(31+bits) / divisor) + 1 fits 32 bits, and
         m * divisor exceeds 2**(31+bits) by at most divisor <= 2**bits, so that value * m / 2**(31+bits) rounds down to

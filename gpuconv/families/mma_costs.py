@@ -131,7 +131,7 @@ class TilesLaunch(NamedTuple):
 
     @property
     def stage_vectors(self) -> int:
-        """Of weights."""
+        """Vectors of weights that a stage loads."""
         return STAGE_PAIRS * self.arithmetic.parts * self.block_m
 
     @property
@@ -290,7 +290,7 @@ def _predict_packing(p: ConvProblem, arithmetic: Arithmetic, vectors: int, block
 
 
 def access_of(step: Step) -> Access:
-    """By which a step of tiles loads the input."""
+    """The access by which a step of tiles loads the input."""
     macros = dict(step.config.macros)
     if "CHANNELS_LAST" in macros:
         return Access.UNIT

@@ -71,7 +71,7 @@ class Reduction:
 
     @property
     def stages(self) -> int:
-        """Of a chunk."""
+        """The stages of a chunk."""
         return -(-self.taps * self.units // STAGE_PAIRS)
 
     @property
@@ -155,12 +155,12 @@ class Window:
 
     @property
     def used_rows(self) -> int:
-        """Of one sample, those that hold input."""
+        """The rows of one sample that hold input."""
         return self.planes * self.plane_rows
 
     @property
     def sample_rows(self) -> int:
-        """From one sample to the next.
+        """The distance from one sample to the next, in rows.
 
         Where eight columns that ldmatrix reads together are of different samples, these lie at such distances that the
         rows differ modulo 8: then it meets no bank conflict.
@@ -171,7 +171,7 @@ class Window:
 
     @property
     def rows(self) -> int:
-        """Of a unit.
+        """The rows of a unit.
 
         Where accesses load units, four neighbouring threads store those of a row, which are so many rows apart, and the
         next four those of the next row: these eight meet no bank conflict.

@@ -71,7 +71,7 @@ class GradientLaunch(NamedTuple):
 
     @property
     def chunks(self) -> int:
-        """Of a slice."""
+        """The chunks of a slice."""
         s = self.slices
         return -(-s.samples // self.chunk_samples) * -(-s.positions // self.chunk_positions)
 

@@ -31,7 +31,7 @@ def exchanged(p: WeightGradientProblem) -> WeightGradientProblem | None:
 
 
 def exchanged_layout(p: WeightGradientProblem, layout: Layout) -> Layout:
-    """That of the exchanged problem's arrays: its taps lie in the opposite order."""
+    """The layout of the exchanged problem's arrays, whose taps lie in the opposite order."""
     weight = layout["grad_weight"]
     stride_r, stride_c, stride_k = weight.strides
     result = ArrayLayout((stride_c, stride_r, -stride_k), weight.alignment, weight.offset + (p.K - 1) * stride_k)

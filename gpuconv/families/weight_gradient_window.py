@@ -58,7 +58,7 @@ class Columns(NamedTuple):
 
     @classmethod
     def every(cls, p: WeightGradientProblem, tap_width: int) -> tuple[Columns, ...]:
-        """Those that the layout allows, `tap_width` neighbouring taps being loaded at once.
+        """All that the layout allows if `tap_width` neighbouring taps are loaded at once.
 
         Octets of channels are half empty if these are few, and not even one unit may be full. Neighbouring taps of a
         channel are loaded faster than positions that lie a stride apart.

@@ -39,7 +39,7 @@ class Function:
             return np.asarray(_FUNCTIONS[self.activation.name](x, self.activation.parameter))
 
     def limits(self, shape: tuple[int, ...], sign: float) -> Array:
-        """Its values at `sign`, which is plus or minus infinity."""
+        """The values of the activation at `sign`, which is plus or minus infinity."""
         return self(np.full(shape, sign))
 
     def error(self, x: Array, exact: Array, accumulator: Format, moved: Array | float = 0.0) -> Array:

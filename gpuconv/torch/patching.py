@@ -244,7 +244,7 @@ for _functions in _REPLACEMENTS.values():
 
 
 def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    """In place of the method of `torch.nn.Conv1d`, which copies the input for padding modes other than "zeros"."""
+    """Replaces the method of `torch.nn.Conv1d`, which copies the input for padding modes other than "zeros"."""
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         return _convolve(self, input, weight, bias)
     # TorchScript compiles only the rest, which is PyTorch's own method.

@@ -365,7 +365,7 @@ def test_an_error_in_the_middle_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_a_call_with_lengths_goes_on_where_it_was(tmp_path: Path) -> None:
-    """Also where a sample has no input, or ends far before its last pieces; other lengths are another call."""
+    """Samples may have no input, or end long before their last pieces. Other lengths make another call."""
     rng = np.random.default_rng(3)
     x, w, b = rng.standard_normal((4, 2, 200)), rng.standard_normal((2, 3, 150)), rng.standard_normal(3)
     settings: dict[str, Any] = {"stride": 3, "padding": (4, 2), "output_size": 742}

@@ -399,7 +399,7 @@ def test_code_that_is_not_used_is_a_warning(folder: Path) -> None:
 
 @pytest.mark.gpu
 def test_calls_load_what_was_compiled_in_advance(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the bits of kernels that CuPy compiles. Nothing else can have computed them: none may be compiled."""
+    """They give the bits of kernels that CuPy compiles. Nothing else can have computed them: compiling is forbidden."""
     rng = np.random.default_rng(0)
     x, w = (cupy.asarray(rng.standard_normal(shape, np.float32)) for shape in ((2, 16, 300), (32, 16, 5)))
     settings: dict[str, Any] = {"padding": 2, "stride": 2}

@@ -63,7 +63,7 @@ def compare_random_calls(device: str, count: int, dtypes: tuple[str, ...]) -> No
             return cupy.asarray(array)
 
         def given(array: Any, *, may_be_numpy: bool = True) -> Any:
-            """Of a dask array, of the kind of the input's chunks, or a NumPy array: one at random."""
+            """A dask array, an array of the kind of the input's chunks, or a NumPy array, at random."""
             kinds = (lambda: there(array), lambda: in_chunks(rng, there(array)), lambda: array)
             return None if array is None else kinds[rng.integers(3 if may_be_numpy else 2)]()
 
@@ -107,7 +107,7 @@ def test_random_problems_in_chunks_on_a_gpu(launched: list[str]) -> None:
 
 
 def test_nothing_is_computed_before_it_is_asked_for() -> None:
-    """Then each chunk of the input is computed once; of its neighbours a task gets only the samples that it needs."""
+    """In the end each input chunk is computed once, and a task gets only the samples that it needs of others."""
     computed: Counter[tuple[int, ...]] = Counter()
 
     def block(value: Any, block_info: Any = None) -> Any:
@@ -140,7 +140,7 @@ def test_nothing_is_computed_before_it_is_asked_for() -> None:
 
 
 def test_lengths_are_part_of_the_name() -> None:
-    """And samples of several lengths in one chunk, of which some have no outputs in it."""
+    """A chunk may also have samples of several lengths, some of which have no outputs in it."""
     x = np.random.default_rng(4).standard_normal((5, 2, 40))
     lazy, w = da.from_array(x, chunks=(4, 2, 10)), np.ones((3, 2, 3))
     for lengths in ([40, 40, 7, 0, 3], [40, 40, 7, 0, 40]):

@@ -79,7 +79,7 @@ def inner(a: Array, b: Array) -> complex:
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_gradients_are_adjoints_exactly(case: Case, dtype: str) -> None:
-    """Of the operation as a linear map of its input, of its weight and of its bias."""
+    """The operation is a linear map of its input, of its weight and of its bias; each has its adjoint."""
     p = case.at(dtype)
     x, w, u = integers(p)
     b = draw((p.C_out,), dtype, 5)
@@ -93,7 +93,7 @@ def test_gradients_are_adjoints_exactly(case: Case, dtype: str) -> None:
 
 @pytest.mark.parametrize("case", CASES[::13], ids=lambda case: case.name)
 def test_finite_differences(case: Case) -> None:
-    """Of half the squared output, whose gradient with respect to the output is the output."""
+    """The loss is half the squared output, so its gradient with respect to the output is the output."""
     p = case.at("float64")
     rng = np.random.default_rng(0)
     arguments = {"input": p.input_shape, "weight": p.weight_shape, "bias": (p.C_out,)}
@@ -374,7 +374,7 @@ SOME_CASES = [
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex128"])
 def test_cupy_gives_the_same_as_numpy(cupy: Any, dtype: str) -> None:
-    """On integers, so bit for bit; called twice, so that the second call finds the plan of the first."""
+    """Data are integers, so results agree bit for bit. The second call finds the plan of the first."""
     assert len(SOME_CASES) == 17
     for case in SOME_CASES:
         p = case.at(dtype)

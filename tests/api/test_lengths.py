@@ -279,7 +279,7 @@ def test_explain_tells_what_lengths_become() -> None:
 
 @pytest.mark.gpu
 def test_kernels_for_lengths_are_made_once(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that write the table serve all tables of their size, whatever the lengths are."""
+    """The kernels that write a table serve all tables of the same size, whatever the lengths are."""
     rng = np.random.default_rng(6)
     x, w = (cupy.asarray(rng.standard_normal(shape, np.float32)) for shape in ((200, 2, 9), (2, 2, 3)))
     made: list[str] = []

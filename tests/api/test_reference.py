@@ -393,7 +393,7 @@ def test_rounding_errors_of_one_sign_are_within_the_bound(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS)
 class TestPlantedErrors:
-    """On long sums, where the bound is widest."""
+    """Errors are planted in long sums, where the bound is widest."""
 
     def test_missing_tap(self, op: Op, dtype: str) -> None:
         p, x, w, b = long_problem(dtype, op)
@@ -529,7 +529,7 @@ def fed_by(call: Call, marked_x: Array, marked_w: Array) -> Array:
 @pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("op", OPS)
 def test_specials_reach_exactly_the_elements_they_feed(op: Op, special: float) -> None:
-    """Also in the weights: a tap that falls into the padding has no effect even if it is infinite."""
+    """Specials may also be in the weights: a tap in the padding has no effect even if it is infinite."""
 
     @settings(max_examples=40)
     @given(call=calls(op, max_length=8))

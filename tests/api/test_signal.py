@@ -186,7 +186,7 @@ def test_integers_are_exact_where_sums_wrap_around() -> None:
 
 
 def test_scipys_examples() -> None:
-    """Those of the docstrings of scipy.signal."""
+    """The examples in the docstrings of scipy.signal."""
     sig = np.repeat([0.0, 1.0, 0.0], 100)
     window = scipy.signal.windows.hann(50)
     assert_close(signal.convolve(sig, window, mode="same"), scipy.signal.convolve(sig, window, mode="same"))

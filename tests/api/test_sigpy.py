@@ -51,7 +51,7 @@ def draw(rng: np.random.Generator) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def widened(*arrays: Any) -> list[Any]:
-    """In dtypes that hold every sum exactly, and that SciPy takes."""
+    """Convert arrays to dtypes that hold every sum exactly, and that SciPy takes."""
     return [a.astype({"c": "complex128", "f": "float64"}.get(a.dtype.kind, "int64")) for a in arrays]
 
 
@@ -81,7 +81,7 @@ def expected_convolution(data: Any, filt: Any, **settings: Any) -> Any:
 
 
 def expected_adjoints(output: Any, data: Any, filt: Any, **settings: Any) -> tuple[Any, Any]:
-    """Those of data and filter: correlations with the output, put where it lies in the full convolution."""
+    """The adjoints of data and filter: correlations with the output, placed where it lies in the full convolution."""
     as_data, as_filt, at = sides(data.shape, filt.shape, **settings)
     x, w, y = widened(data.reshape(as_data), filt.reshape(as_filt), output)
     by_item = y.reshape(len(x), len(w), *output.shape[output.ndim - len(at) :])
@@ -117,7 +117,7 @@ def test_random_problems_and_their_adjoints_are_exact() -> None:
 
 
 def test_neighbours_do_not_reach_each_other() -> None:
-    """Not even where they have no numbers: windows of several items lie in one array."""
+    """NaN and infinities stay in their item, although windows of several items lie in one array."""
     rng = np.random.default_rng(1)
     for _ in range(60):
         data, filt, settings = draw(rng)
@@ -238,7 +238,7 @@ def test_bad_arguments_that_sigpy_refuses_in_the_same_words(
 
 
 def test_sigpys_linear_operators_run_on_these(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And give what they give with sigpy's own functions. sigpy needs Numba, which is large: no extra installs it."""
+    """They give the same as with sigpy's own functions. sigpy needs Numba, which is large, so no extra installs it."""
     theirs = pytest.importorskip("sigpy", reason=NO_SIGPY)
     rng = np.random.default_rng(2)
     used = []

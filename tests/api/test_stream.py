@@ -292,7 +292,7 @@ def test_bad_pushes_and_states() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("op", "dtype"), [("conv1d", "bfloat16"), ("conv_transpose1d", "float32")])
 def test_a_gpu_gives_the_bits_of_one_call(cupy: Any, op: Op, dtype: str) -> None:
-    """Of a layer on CUDA cores and of one on tensor cores."""
+    """One layer runs on CUDA cores, and one on tensor cores."""
     from gpuconv.problem import numpy_dtype
 
     rng = np.random.default_rng(4)
@@ -332,7 +332,7 @@ def test_a_gpu_reads_arrays_at_any_address(cupy: Any) -> None:
 
 @pytest.mark.gpu
 def test_random_pushes_that_repeat_give_the_bits_of_one_call(cupy: Any) -> None:
-    """In runs of one length, through states and clones; a third of the layers are depthwise."""
+    """Pushes come in runs of one length, with states and clones in between. A third of the layers are depthwise."""
     rng, repeated = np.random.default_rng(11), 0
     for number in range(40):
         layer, slots = random_layer(rng, OPS[number % 2], "float32"), int(rng.integers(1, 4))
@@ -382,7 +382,7 @@ def test_pushes_that_repeat_launch_once_and_allocate_nothing(
     length: int,
     launches: int,
 ) -> None:
-    """Also in a CUDA graph, whose launches are pushes, with others before and after them."""
+    """The same holds in a CUDA graph, whose launches are pushes; other pushes come before and after them."""
     from gpuconv.problem import numpy_dtype
 
     class Allocations(cupy.cuda.MemoryHook):  # type: ignore[misc, name-defined]

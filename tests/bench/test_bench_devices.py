@@ -74,7 +74,7 @@ def arrays(problem: ConvProblem, direction: Any = "forward") -> tuple[Any, Any, 
 
 
 def judge(problem: ConvProblem, output: Any, direction: Any = "forward", mode: str = "float32") -> Verdict:
-    """By the error bound; as a peer's in any mode but float32."""
+    """Judge by the error bound in float32, and in other modes as a peer's result."""
     oracle = oracle_of(problem, direction, [a if a is None else a.__getitem__ for a in arrays(problem, direction)])
     finite = bool(np.isfinite(output).all())
     return oracle.judge(output.__getitem__, mode=mode, all_finite=finite, bounded=mode == "float32")
@@ -142,7 +142,7 @@ def test_a_wrong_gradient_is_found(direction: Any, transposed: bool) -> None:
 
 
 def test_weight_windows_begin_at_any_tap() -> None:
-    """Of a long kernel few taps are judged, each at its own offset."""
+    """A few taps of a long kernel are judged, each at its own offset."""
     problem = ConvProblem("conv1d", 1, 2, 2, 3_000_000, 40, 1, 20, 19, groups=2)
     x, w, dy = arrays(problem, "grad_weight")
     oracle = oracle_of(problem, "grad_weight", [x.__getitem__, w.__getitem__, dy.__getitem__])

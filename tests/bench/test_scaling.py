@@ -63,7 +63,7 @@ def test_a_run_on_paper(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_measured_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On workers that are threads of this process, which start at once."""
+    """The workers are threads of this process, which start at once."""
     monkeypatch.setattr(scaling, "EMPTY_TASKS", 50)
     options: dict[str, Any] = {"n_workers": 2, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
     with LocalCluster(**options) as cluster, Client(cluster) as client:

@@ -110,7 +110,7 @@ def test_an_output_on_standard_output_leaves_no_place_for_json(capsys: pytest.Ca
 
 
 def test_a_wrong_result_is_no_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even where the difference is none that JSON has."""
+    """The difference may even be a number that JSON does not have."""
     monkeypatch.setattr(measure, "_difference", lambda *_: math.nan)
     monkeypatch.setattr(measure, "_peer", lambda *_: (lambda: np.zeros(1), 1e-4))
     found = printed(capsys, f"bench {LAYER} --device cpu --repeats 1", 1)

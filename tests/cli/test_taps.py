@@ -57,7 +57,7 @@ def test_taps_filter_each_channel_by_itself(op: str, pieces: str) -> None:
 
 @pytest.mark.parametrize("op", ["conv1d", "conv_transpose1d"])
 def test_the_examples_of_the_help_run(op: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """On a recording at a constant level, which stays that level inside."""
+    """A recording at a constant level keeps that level, except near its ends."""
     assert main([op, "--help"]) == 0
     examples = capsys.readouterr().out.replace(" \\\n", " ").partition("\nexample:\n")[2]
     convolve, make = (shlex.split(line) for line in examples.splitlines() if line.startswith("  "))

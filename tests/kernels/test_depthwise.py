@@ -236,7 +236,7 @@ def test_offsets_beyond_32_bits(family: Family[Any]) -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
 def test_every_number_of_taps(family: Family[Any], stride: int, dtype: str) -> None:
-    """From one tap to two rounds of the unrolled loop, in every phase of it, causal and centred."""
+    """From one tap to two rounds of the unrolled loop, which ends in every phase; padding is causal or centred."""
     for K in (*range(1, 14), 23, 24, 25, 26, 47, 48, 49, 50, 51):
         for left, right in ((K - 1, 0), (K // 2, K // 2)):
             p = depthwise(

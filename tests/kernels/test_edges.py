@@ -89,7 +89,7 @@ def test_random_problems_in_every_family() -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_bits_at_an_edge_are_those_inside(mode: str, dtype: str) -> None:
-    """On tensor cores, too: an output at an edge has the bits of the same window inside of the padded input."""
+    """An output at an edge has the bits of the same window inside of the padded input, also on tensor cores."""
     p = ConvProblem("conv1d", 2, 24, 24, 40, 5, 2, 7, 9, 2, dtype=dtype, padding_mode=mode, has_bias=True)
     x, w, b = cases.random_data(p, 3)
     padded = np.pad(x, [(0, 0), (0, 0), p.padding], {"replicate": "edge", "circular": "wrap"}.get(mode, mode))  # type: ignore[call-overload]
@@ -150,7 +150,7 @@ def test_without_windows_at_an_edge_nothing_is_added() -> None:
 @pytest.mark.skipif(find_spec("cupy_backends") is None, reason="compiling needs CuPy")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile_without_local_memory(arch: str) -> None:
-    """On one architecture each specialisation of the two kernels, and each mode of every family that maps edges."""
+    """On one architecture, compile each specialisation of both kernels, and each mode of families that map edges."""
     place = list(ARCHITECTURES).index(arch)
     chosen = [config for i, config in enumerate(edges.configs()) if i % len(ARCHITECTURES) == place]
     for number, family in enumerate(f for f in FAMILIES if f.maps_edges):
@@ -190,7 +190,7 @@ def test_on_a_gpu(case: Case, cupy: Any) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_integers(mode: str) -> None:
-    """On the CPU and in the base family, which map the edges alike, exactly."""
+    """Integers are exact on the CPU and in the base family, which map the edges alike."""
     rng = np.random.default_rng(15)
     x, w = rng.integers(-128, 128, (2, 4, 9), np.int8), rng.integers(-128, 128, (6, 2, 4), np.int8)
     p = ConvProblem.conv1d(x, w, None, 2, (5, 4), 2, 2, padding_mode=mode)

@@ -30,7 +30,7 @@ class Random:
         return int(self.rng.integers(end))
 
     def magnitude(self, bits: float) -> int:
-        """From 1 to 2**bits, small ones as often as large ones."""
+        """A number from 1 to 2**bits: each order of magnitude is as likely as another."""
         return int(2 ** self.rng.uniform(0, bits))
 
     def layer(self) -> ConvProblem | None:
@@ -96,7 +96,7 @@ def problems(random: Random, count: int) -> Iterator[Problem]:
 
 
 def test_every_choice_is_compiled_by_warmup_and_can_be_launched() -> None:
-    """By preference and by name, of prepared weights and others: GPUCONV_CACHE_ONLY refuses none of them."""
+    """Chosen by preference or by name, for prepared weights and others: GPUCONV_CACHE_ONLY refuses none of them."""
     random, chosen = Random(0), Counter[str]()
     every = {device: set(every_config(device, DTYPES, streams=False)) for device in DEVICES}
     for problem in problems(random, 2500):

@@ -111,7 +111,7 @@ def test_every_family_is_chosen_in_every_dtype() -> None:
 
 @pytest.mark.parametrize(("case", "dtype"), CHOSEN)
 def test_families_agree_and_keep_the_bound(case: str, dtype: str) -> None:
-    """With everything fused that there is; the activations take turns."""
+    """Everything that can be fused is fused; the activations take turns."""
     place = FAMILY_CASES.index(case) + REAL.index(dtype)
     names = ACTIVATIONS[place % len(ACTIVATIONS)], ACTIVATIONS[(3 * place + 1) % len(ACTIVATIONS)]
     subject = Subject.of(case, dtype, *names, residual=True)

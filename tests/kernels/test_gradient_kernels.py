@@ -163,7 +163,7 @@ def base_result(problem: WeightGradientProblem, nonfinite: bool) -> Array:
 
 @pytest.mark.parametrize(("family", "dtype"), items(FAST), **by_name)
 def test_rounding(family: Family[Any], dtype: str) -> None:
-    """Within the error bound, and the bits of the base family; values that are no numbers stay where they belong."""
+    """Results are within the bound and have the bits of the base family; NaN and infinities stay where they belong."""
     taken = [(name, p) for name, p in problems(dtype).items() if takes(family, p)]
     for i, (name, p) in enumerate(taken):
         is_nonfinite = i % 2 == 1
@@ -362,7 +362,7 @@ def test_offsets_beyond_32_bits(family: Family[Any]) -> None:
 
 @pytest.mark.parametrize("name", [BASE, "bias_gradient_rows"])
 def test_blocks_that_go_round_again(name: str) -> None:
-    """Where the sums are more than the grid; the largest grid is too large to see that otherwise."""
+    """If there are more sums than blocks, a block takes several. A small grid shows this: the largest is too large."""
     (family,) = (family for family in GRADIENT_FAMILIES if family.name == name)
     p: Any = WeightGradientProblem("conv1d", 2, 6, 5, 150, 150, 9) if name == BASE else BiasGradientProblem(2, 7, 500)
     shapes = (p.coarse_shape, p.fine_shape) if name == BASE else (p.grad_output_shape,)
@@ -475,7 +475,7 @@ def test_empty_arrays_give_zeros(cupy: Any, launched: list[str], shape: tuple[in
 
 
 def executor(p: WeightGradientProblem | BiasGradientProblem, *arrays: Any) -> runtime.Executor:
-    """That of a call with these arrays, in the order of the public functions."""
+    """The executor of a call with these arrays, in the order of the public functions."""
     name = f"{p.op}_weight" if isinstance(p, WeightGradientProblem) else "conv1d_bias"
     return runtime.make_executor(p, SIGNATURES[name].operands, arrays, None)
 

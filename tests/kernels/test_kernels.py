@@ -44,7 +44,7 @@ def takes(family: Family[Any], problem: ConvProblem) -> bool:
 
 
 def modes(family: Family[Any]) -> tuple[str, ...]:
-    """Those in which a family's kernels differ: CUDA cores have no TF32 and compute as they do in float32."""
+    """The modes in which a family's kernels differ: CUDA cores have no TF32 and compute as in float32."""
     return DTYPES if family.canonical_order else NUMBER_FORMATS
 
 

@@ -220,7 +220,7 @@ def test_the_table_is_written_from_parameters() -> None:
 
 
 def test_short_rows_of_transposed_operations_keep_their_families() -> None:
-    """Their padding folds in a step of its own, however short the rows are."""
+    """Their padding is folded in a step of its own, however short the rows are."""
     p = ConvProblem("conv1d", 2, 4, 2, 3, 5, 1, 2, 2, padding_mode="circular").adjoint()
     for family in dispatch.families(p.kind):
         refused = {

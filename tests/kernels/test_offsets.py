@@ -135,7 +135,7 @@ def test_at_the_limit_nothing_overflows(family: Family[Any], p: Problem) -> None
 
 @pytest.mark.parametrize("axis", range(3))
 def test_pushes_at_the_limit_do_not_overflow(axis: int) -> None:
-    """Of samples that are appended to a window, that a kernel keeps, and that the one of depthwise layers does."""
+    """Samples are appended to a window, kept by the kernel that computes, or kept by the kernel of depthwise layers."""
     rng = np.random.default_rng(0)
     new = rng.integers(-2, 3, (2, 4, 2)).astype(np.float16)
     natural = contiguous_strides(new.shape)

@@ -194,7 +194,7 @@ PRODUCT_KERNELS = {name: product_kernel(product) for name, product in PRODUCTS.i
 
 
 def multiply(machine: Machine, product: Product, a: Array, b: Array, c: Array) -> Array:
-    """By the instruction: a [count][16][depth] times b [count][depth][8] plus c [count][16][8]."""
+    """What the instruction computes: a [count][16][depth] times b [count][depth][8] plus c [count][16][8]."""
     rows, columns = places_of_d()
     arrays = {
         "a_in": words(a[(slice(None), *places_of_a(product.depth, product.packed))]),

@@ -97,7 +97,7 @@ def _with_odd_weights(p: ConvProblem, seed: int) -> Data:
     ],
 )
 def test_bits_are_those_of_packed_weights(mode: str, tiles: str, leave: Callable[[str, bool], None]) -> None:
-    """Also of weights that no two TF32 parts hold, infinities and NaN."""
+    """Weights may be such that two TF32 parts cannot hold them, infinite or NaN."""
     for i, problem in enumerate(PROBLEMS[tiles]):
         p = cases.in_format(problem, mode)
         for data in (cases.random_data(p, i), _with_odd_weights(p, i)):

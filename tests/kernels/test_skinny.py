@@ -43,7 +43,7 @@ def kernels() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", range(1, MAX_COLUMNS + 1))
 def test_every_number_of_columns(columns: int, dtype: str) -> None:
-    """As positions of one sample, as samples, and as both."""
+    """Columns are positions of one sample, samples, or both."""
     for N in {1, columns, 2 if columns % 2 == 0 else 1}:
         p = layer(9, 11, 5, N, columns // N, dtype=dtype, stride=2, padding_left=3, padding_right=1)
         assert configured(p)[1]["columns"] == columns

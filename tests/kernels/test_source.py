@@ -112,7 +112,7 @@ def test_a_header_that_is_reached_twice_comes_where_it_is_first_needed(monkeypat
 
 @pytest.mark.parametrize("file", FILES)
 def test_a_host_compiler_understands_each_file_by_itself(file: str, tmp_path: Path) -> None:
-    """With the macros of a kernel that uses it and no search path: each header includes what it needs, at most once."""
+    """Each header includes what it needs, at most once: it compiles with the macros of a kernel and no search path."""
     kernel = next(name for name in KERNELS if file in reached(f"{name}.cu"))
     macros = [f"#define {name} {value}" for name, value in configs()[kernel].macros]
     times = 1 if file.endswith(".cu") else 2

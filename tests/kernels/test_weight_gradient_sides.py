@@ -126,7 +126,7 @@ def test_offsets_beyond_32_bits() -> None:
 
 @pytest.mark.usefixtures("always")
 def test_samples_with_lengths() -> None:
-    """Those of full length give the bits of samples without a table."""
+    """Samples of full length give the bits of samples without a table of lengths."""
     for mode in (HALF, SINGLE):
         p = problem(5, 16, 90, 9, mode, padding_left=3)
         coarse, fine = normal(p, nonfinite=mode == SINGLE)

@@ -40,7 +40,7 @@ def test_base_image_is_pinned_by_tag_and_digest(parser: DockerfileParser) -> Non
 
 
 def test_kernels_can_be_compiled_into_the_image(last_stage: list[Step]) -> None:
-    """By root, so that the user who runs it trusts and reads them, but cannot replace them."""
+    """Root compiles them, so that the user who runs the image trusts and reads them, but cannot replace them."""
     (warmup,) = [run for run in values(last_stage, "RUN") if "gpuconv warmup $WARMUP" in run]
     assert warmup.endswith('chmod -R a+rX "$GPUCONV_CACHE_DIR"; }')
     assert values(last_stage, "ARG") == ['WARMUP=""']

@@ -296,7 +296,7 @@ def files_with(pattern: str) -> set[str]:
 
 
 def test_results_are_rounded_in_one_place_for_layers_and_in_one_for_gradients() -> None:
-    """And activated inputs in one."""
+    """Activated inputs are rounded in one place, too."""
     assert files_with(r"scalar::round\(") == {"finish.cuh", "input.cuh", "slices.cuh"}
 
 

@@ -74,7 +74,7 @@ def test_the_readme_has_python() -> None:
 
 @pytest.mark.parametrize("block", cases())
 def test_a_block_runs_by_itself(block: str, tmp_path: Path) -> None:
-    """And where a comment that ends an assignment begins with a shape, it is that of the value."""
+    """If the comment behind an assignment begins with a shape, this is the shape of the value."""
     claims = re.findall(r"^(\w+) = .*#.*?(\(\d+(?:, \d+)+,?\))", block, re.MULTILINE)
     checks = "".join(f"\nassert {name}.shape == {shape}, {name}.shape" for name, shape in claims)
     done = run(block + checks, tmp_path)

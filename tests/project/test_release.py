@@ -89,7 +89,7 @@ def test_the_version_has_its_section_in_the_changelog(check_release: ModuleType)
 
 
 def test_the_changelog_keeps_its_form() -> None:
-    """That of Keep a Changelog: what is not released first, then versions, each with a link and known groups."""
+    """The form of Keep a Changelog: first what is not released, then versions, each with a link and known groups."""
     versions = re.findall(r"^## \[(.+?)\]", CHANGELOG, re.MULTILINE)
     assert versions[0] == "Unreleased"
     assert versions[1] == gpuconv.__version__

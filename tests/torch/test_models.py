@@ -79,7 +79,7 @@ def whisper_encoder() -> Model:
 
 
 def wav2vec2() -> Model:
-    """With an adapter and the layers of an x-vector, which call the function with the weights of linear ones."""
+    """It has an adapter, and the layers of an x-vector, which call the function with the weights of linear layers."""
     from transformers import Wav2Vec2Config, Wav2Vec2ForXVector
 
     config = Wav2Vec2Config(

@@ -209,7 +209,7 @@ def test_random_problems_against_autograd(op: Op) -> None:
 
 
 def test_the_names_of_torch_nn_grad() -> None:
-    """Where PyTorch has these functions their arguments stand in its order."""
+    """If PyTorch has such a function, the arguments are in the same order."""
     x, w, u = (a.astype(np.float64) for a in integers(problem_of("conv1d", stride=2, padding=1, dilation=2)))
     for ours, theirs, first, second in (
         (grad.conv1d_input, torch.nn.grad.conv1d_input, x.shape, w),

@@ -39,7 +39,7 @@ def leaves(*, channels: int = 8) -> list[torch.Tensor]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", OPS)
 def test_an_algorithm_is_launched_by_its_name(op: Op, gpu: Gpu, launched: list[str]) -> None:
-    """In the operation alone: derivatives of every order are computed by what is preferred for them."""
+    """The name is for the operation alone: derivatives of every order use what is preferred for them."""
     given = [t.detach().half() for t in leaves(channels=64)]  # which tensor cores of every architecture multiply
     x, w, u = (gpu.put(t).requires_grad_() for t in (*given, torch.ones_like(getattr(functional, op)(*given))))
     of_gradients = []

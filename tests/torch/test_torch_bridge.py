@@ -88,7 +88,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]
 
 @pytest.mark.parametrize("op", OPS)
 def test_results_and_gradients_are_those_of_arrays(op: Op) -> None:
-    """To the bit, in all dtypes and settings."""
+    """They agree to the bit, in all dtypes and settings."""
     seen: set[ConvProblem] = set()
 
     @settings(max_examples=60)
@@ -362,7 +362,7 @@ def test_third_derivatives() -> None:
 
 
 def test_tensors_that_change_before_the_backward_pass() -> None:
-    """Those that it needs are watched, and the result may change."""
+    """A change of a tensor that the pass needs is noticed; the result may change."""
     x, w = drawn(((2, 3, 8), (3, 3, 3)), torch.float64)
     y = bridge.conv1d(x, w)
     with torch.no_grad():
@@ -416,7 +416,7 @@ def test_forward_mode_keeps_no_more_than_reverse_mode() -> None:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("wanted", ["input", "weight", "bias", "input weight", "input weight bias"])
 def test_only_wanted_gradients_are_computed(op: str, wanted: str) -> None:
-    """And only what they need is kept."""
+    """Only the tensors that these need are kept."""
     names = ("input", "weight", "bias")
     leaves = drawn(((2, 3, 8), (3, 3, 3), (3,)), torch.float32, requires_grad=False)
     for name, leaf in zip(names, leaves, strict=True):
@@ -563,7 +563,7 @@ def test_integers(op: Op, compiler: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_real_taps_on_complex_data(op: Op, compiler: Callable[..., Any]) -> None:
-    """As the same taps made complex, with derivatives of both orders, in every way to call."""
+    """They give the same as complex taps, with first and second derivatives, in every way to call."""
     generator = torch.Generator().manual_seed(0)
     dtypes = (torch.complex128, torch.float64, torch.complex128, torch.complex128)
     function, settings = getattr(bridge, op), {"stride": 2, "padding": 1, "groups": 2}

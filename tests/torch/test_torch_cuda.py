@@ -206,7 +206,7 @@ def test_cupy_arrays_keep_the_memory_of_cuda_tensors(gpu: Gpu) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS)
 def test_cuda_tensors_give_the_same_as_cpu_tensors(op: Op, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On integers, so bit for bit: a result, its gradients, and the gradients of those."""
+    """Data are integers, so a result, its gradients and their gradients agree bit for bit."""
     arrays = (draw((2, 4, 9), dtype), draw((4, 2, 3), dtype, 1), draw((4,), dtype, 2))
     u = draw((2, 4, 4) if op == "conv1d" else (2, 4, 18), dtype, 3)
 
@@ -288,7 +288,7 @@ def test_temporary_memory_is_pytorchs(gpu: Gpu) -> None:
 
 
 def test_calls_in_cuda_graphs(gpu: Gpu) -> None:
-    """With weights that are packed, each time anew."""
+    """The weights are packed anew in each call."""
     x, w = gpu.put(torch.ones(1, 33, 40)), gpu.put(torch.ones(64, 33, 7))
     gpu.get(bridge.conv1d(x, w))  # compiled
     with gpu.captured() as replay:

@@ -68,7 +68,7 @@ def test_gradients_of_torch_func_are_those_of_autograd(layer: str) -> None:
 @pytest.mark.parametrize("inner", [jacrev, jacfwd])
 @pytest.mark.parametrize("layer", ["strided", "grouped", "up strided", "up dilated", "unbatched"])
 def test_second_derivatives_of_torch_func(layer: str, outer: Any, inner: Any) -> None:
-    """By batches of passes in either mode, in which every argument of every operator is batched in turn.
+    """Each mode is computed as batches of passes, so that every argument of every operator is batched in turn.
 
     Forward within forward, PyTorch itself would give zeros for what depends on both levels.
     """
@@ -196,7 +196,7 @@ def test_no_calls_of_an_empty_batch() -> None:
 
 
 def test_gradients_for_each_sample() -> None:
-    """Of a model under patch."""
+    """The model runs under patch()."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(2, 4, 3, groups=2), nn.Tanh(), nn.ConvTranspose1d(4, 3, 4, stride=2)).double()
     parameters = dict(model.named_parameters())

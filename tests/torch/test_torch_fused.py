@@ -149,7 +149,7 @@ def everything_fused(op: Op) -> tuple[Callable[..., torch.Tensor], Tensors]:
 
 @pytest.mark.parametrize("op", OPS)
 def test_vmap(op: Op) -> None:
-    """Over each tensor, over several and over all, along other axes, of batches of samples and of single ones."""
+    """It maps one tensor, several or all, along various axes, for batches of samples and for single ones."""
     call, given = everything_fused(op)
     B = 3
     for is_single in (False, True):

@@ -43,7 +43,7 @@ def padded(mode: str, x: torch.Tensor, left: int, right: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_derivatives(mode: str) -> None:
-    """Of both orders, in both modes, against PyTorch's on a padded copy."""
+    """First and second derivatives, in both modes, agree with PyTorch's on a padded copy."""
     x, w, b = tensors((2, 4, 9), (6, 2, 3), (6,))
     settings = {"stride": 2, "padding": (4, 3), "dilation": 2, "groups": 2, "padding_mode": mode}
 

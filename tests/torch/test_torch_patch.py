@@ -175,7 +175,7 @@ def test_what_ran_on_pytorch_is_recomputed_there(reentrant: bool) -> None:
 
 
 class FromImport(nn.Module):
-    """As nnAudio has it: the functions were imported by name."""
+    """A module that imported the functions by name, as nnAudio does."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return imported_conv_transpose1d(imported_conv1d(x, W, stride=2), W[:, :2], stride=2)
@@ -204,7 +204,7 @@ def test_functions_under_other_names_are_reached(call: Callable[..., Any]) -> No
 
 
 def test_every_name_of_pytorchs_convolutions_is_reached() -> None:
-    """Those of the operators and of the function for any number of axes, which PyTorch keeps for two."""
+    """So are the operators, and the function for any number of axes, which PyTorch has under two names."""
     aten, up = torch.ops.aten, W.transpose(0, 1).contiguous()
     down = (None, [2], [1], [1], False, [0], 1)
     more = (False, False, False)
@@ -237,7 +237,7 @@ def check_reached(call: Callable[[], torch.Tensor], op: str) -> None:
 
 
 def test_exported_programs_are_reached() -> None:
-    """Those of before the context, too: they are calls of PyTorch's operators."""
+    """Programs exported before the context are reached, too: they call PyTorch's operators."""
     model = Detector().eval()
     program = torch.export.export(model, (X,)).module()
     with bridge.patch(strict=True):
@@ -295,7 +295,7 @@ def test_models_that_imported_the_functions() -> None:
 
 
 def test_other_modes_and_classes_see_the_calls() -> None:
-    """Within the context and around it, as they see PyTorch's own."""
+    """They see the calls inside and outside of the context, as they see PyTorch's own."""
 
     class Seeing(TorchFunctionMode):
         def __init__(self) -> None:
@@ -470,7 +470,7 @@ def test_contexts_opened_in_what_is_compiled(compiler: Callable[..., Any]) -> No
 
 @pytest.mark.usefixtures("compiler")
 def test_contexts_that_torch_compile_cannot_read() -> None:
-    """They run as they are, between two graphs."""
+    """Such contexts run as they are, between two graphs."""
     context = bridge.patch()
 
     def model(x: torch.Tensor) -> torch.Tensor:
@@ -503,7 +503,7 @@ def test_contexts_do_not_compile_anew(compiler: Callable[..., Any]) -> None:
     ],
 )
 def test_scripting_in_the_context_leaves_scripting_whole(layer: nn.Module) -> None:
-    """Of a class that was never scripted before: what fails once fails ever after."""
+    """The class was never scripted before: if scripting fails once, it always fails for this class."""
     Own = type(layer.__class__.__name__, (layer.__class__,), {})
     layer = copy.deepcopy(layer).double()
     layer.__class__ = Own
@@ -668,7 +668,7 @@ def test_many_threads_open_contexts() -> None:
 
 
 def test_replicas_in_threads_are_reached() -> None:
-    """As DataParallel runs them: modules, in threads that opened no context."""
+    """DataParallel runs replicas in threads that opened no context."""
     layer = nn.Conv1d(3, 4, 3).double()
     found: list[list[str]] = []
     with bridge.patch():

@@ -187,7 +187,7 @@ def parts(value: complex) -> tuple[int, int]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_exact_data_is_exact(dtype: str) -> None:
-    """On elements of every case: Python integers give the reference, and no sum of absolute values leaves the dtype."""
+    """Python integers give the reference for elements of every case; no sum of absolute values leaves the dtype."""
     rng = np.random.default_rng(20)
     limit = 2 ** SIGNIFICAND_BITS[dtype]
     checked = 0
@@ -282,7 +282,7 @@ def test_random_data_keeps_the_reference_finite(dtype: str) -> None:
 
 
 def test_cancelling_data_cancels() -> None:
-    """Where the padding hides no tap, sums are far below the sum of the magnitudes."""
+    """Sums are far below the sum of the magnitudes, except where the padding hides a tap."""
     for name in ("k5", "groups3_odd_channels", "up_stride2_k4", "resample"):
         (case,) = (case for case in CASES if case.name == name)
         data = cases.random_data(case.at("float64"), 0, "cancelling")._replace(bias=None)
@@ -387,7 +387,7 @@ def test_one_group(case: Case) -> None:
 
 
 def test_every_activation_is_fused_with_some_case() -> None:
-    """With every kind of the table, too, in one dtype or another."""
+    """Every form of activation is fused with a case of the table, in one dtype or another."""
     problems = [case.at(number_format) for case in cases.select() for number_format in ("float16", "float32")]
     fused = [cases.with_fusion(p, 0)[0].fuses for p in problems]
     for side in ("activation", "input_activation"):

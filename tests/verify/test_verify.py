@@ -103,7 +103,7 @@ def test_the_cpu_path_passes(dtype: str, filter: str | None) -> None:
 def run_on_hostcuda(
     p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array, fused: Sequence[Array | None] = ()
 ) -> None:
-    """In the place of `cpu.convolve`; the kernels themselves finish what is fused."""
+    """Stands in for `cpu.convolve`; the kernels themselves apply what is fused."""
     out[...] = hostcuda.compute(p, *(array for array in (x, w, b, *fused) if array is not None))
 
 
@@ -154,7 +154,7 @@ def test_tf32_is_run_where_there_is_one_or_by_name(plant: Callable[[Kernel], Non
 @pytest.mark.long
 @pytest.mark.gpu
 def test_the_gpu_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On one in 32 of what `verify` selects, and on what it adds so that every family is reached."""
+    """Run one in 32 of the pairs that `verify` selects, and all that it adds so that every family is reached."""
     every = cases.quick_pairs
     monkeypatch.setattr(cases, "quick_pairs", lambda formats: every(formats)[::32])
     report = verify("gpu")

@@ -456,7 +456,7 @@ def test_every_kernel_and_every_family_has_a_fault() -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_architecture_takes_the_cases(arch: str) -> None:
-    """So that each of these tests can run on any GPU, but for what its tensor cores lack."""
+    """So each of these tests can run on any GPU, except for what its tensor cores lack."""
     device = Device.from_arch(arch)
     refused = [
         name
