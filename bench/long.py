@@ -37,7 +37,7 @@ from .cpu import limited
 from .speed.results import environment, write_json
 
 TAPS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 48000, 96000)
-SECONDS = 1.0  # that the turns of a row take at least
+SECONDS = 1.0  # the least total time of the turns of a row
 MAX_DIFFERENCE = 1e-3  # of the two results in float32, relative to the largest value
 
 
@@ -136,7 +136,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 
 def measured_crossover(rows: Sequence[Row]) -> tuple[int | None, int | None]:
-    """The most taps with which direct sums were faster, and the fewest beyond with which the FFT was; None for none."""
+    """The most taps with which direct sums were faster, and the next number, with which the FFT was; None if absent."""
     compared = sorted((row.taps, row.direct_ms > row.fft_ms) for row in rows if row.direct_ms is not None)
     direct = max((taps for taps, is_fft in compared if not is_fft), default=None)
     return direct, min((taps for taps, is_fft in compared if is_fft and taps > (direct or 0)), default=None)

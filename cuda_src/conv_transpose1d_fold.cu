@@ -1,6 +1,6 @@
-// conv_transpose1d_fold: the outputs of a transposed convolution for which positions in its padding also stand (edge.cuh). They
-// are the gradients of the samples that a convolution reads for its padding. It is the last step of all transposed families in
-// padding modes other than zeros.
+// conv_transpose1d_fold: the outputs of a transposed convolution onto which its padding folds (edge.cuh): those for which also
+// positions in the padding stand. In the gradient of a convolution these are the samples that it reads for its padding. The
+// kernel is the last step of all transposed families in padding modes other than zeros.
 //
 //   output[n, c_out, l_out] = bias[c_out] + sum over the positions l that stand for l_out of value(n, c_out, l),
 //   value = sum over c_in < C_in_g, k < K of weight[g*C_in_g + c_in, c_out % C_out_g, k] * input[n, g*C_in_g + c_in, l_in],

@@ -34,7 +34,7 @@ __device__ __forceinline__ void store_tile(
     const index_t first_c = tile.octet_begin * kOctetChannels, first_k = tile.tap_begin * kOctetTaps;
     const int taps = int(tile.taps), step_c = 32 / taps, step_tap = 32 - step_c * taps;
     int c = lane / taps, tap = lane - c * taps;
-    // One loop body serves all of them: each moves by one place, and the next enters at the end.
+    // A single loop body keeps the code short: all entries move by one place, and the next one enters at the end.
 #pragma unroll 1
     for (int m = 0; m < kOutColumns; ++m) {
 #pragma unroll
@@ -61,7 +61,7 @@ __device__ __forceinline__ void store_tile(
         }
         __syncthreads();
         acc_t check = scalar::zero();  // becomes a NaN if a sum is not finite
-        // The row of a place among them, or -1 where that is a channel which another place has.
+        // The row of one of these places, or -1 if another place already has that channel.
         const auto row_of = [&](int place) {
             const int in_tile = place / 16 * kWarpM + i * 16 + place % 16, unit = in_tile / kUnit;
             const int row = first_row_of_unit(unit, tile.rows) + in_tile % kUnit;

@@ -32,7 +32,7 @@ Pieces: TypeAlias = Iterable[tuple[str, records.Work]]
 
 
 def build_work() -> Iterator[tuple[str, records.Work]]:
-    """Every specialisation that this GPU can be asked for: compiled into CuPy's cache, and loaded.
+    """Compile every specialisation that this GPU can need into CuPy's cache, and load it.
 
     Those with 32-bit indices first: few problems need the others.
     """
@@ -54,7 +54,7 @@ def verify_work() -> Iterator[tuple[str, records.Work]]:
     for number_format in formats:
         seen: set[str] = set()
         for case in cases.select():
-            if case.name not in seen:  # the name of another case may be part of it, and has selected it, too
+            if case.name not in seen:  # selecting another case may have selected this one, too
                 seen |= {chosen.name for chosen in cases.select(case.name)}
                 yield f"{number_format} {case.name}", partial(_verify, case.name, number_format)
     yield "float16 far", partial(_verify_far, "float16")
@@ -107,7 +107,7 @@ WORK: dict[str, Callable[..., Pieces]] = {
     "benchmark": partial(important.work, ("forward",)),
     "gradients": partial(important.work, ("grad_weight", "grad_input")),
 }
-# Of the others a rehearsal does the first pieces alone.
+# A rehearsal runs only the first pieces of the other steps.
 WHOLE_IN_REHEARSALS = ("micro", *profile.WORK, "cudnn", "overhead", "benchmark", "gradients")
 
 

@@ -36,7 +36,7 @@ from .results import PREPARED
 
 Array = npt.NDArray[Any]
 
-# Random numbers that all buffers are filled from, each from another place.
+# All buffers are filled from these random numbers, each from another place.
 _POOL = 1 << 22
 
 
@@ -175,7 +175,7 @@ class GpuEngine:
                     peer.call(0)
                     return peer.disagreement(output)
             except (Absent, Refused, RuntimeError):
-                return ""  # the windows of the reference must do
+                return ""  # then only the windows of the reference are compared
 
         return _OurRunner(self, problem, mode, data, sets, ours, disagreement)
 
@@ -473,8 +473,8 @@ def all_finite(cupy: Any, array: Any) -> bool:
 def measure_ceilings(micro: Micro, name: str) -> tuple[Ceilings, dict[str, str]]:
     """The ceilings of this GPU, measured; and where each comes from.
 
-    Copies by the driver; float32 by the loop of multiply-adds; what remains by PyTorch's matrix product. Where that is
-    not there, the published figures fill the gap.
+    Bandwidth is that of the driver's copies, float32 that of a loop of multiply-adds, and the rest that of PyTorch's
+    matrix products. Without PyTorch, published figures take their place.
     """
     typical = ARCHITECTURES.get(f"sm_{micro.arch}")
     published = None if typical is None else published_ceilings(replace(typical, name=name, num_sms=micro.num_sms))

@@ -20,7 +20,7 @@ def append_launch(
     N, C, L = input_shape
     held = window_shape[-1] - L
     arrays = Layout.of(window=ArrayLayout(contiguous_strides(window_shape)), input=layout)
-    # When the loops end, an index may be up to a block behind the samples held, and behind the new ones.
+    # At the end of its loops a thread has advanced up to a block behind the held samples, and behind the new ones.
     bits = width(arrays, {"window": window_shape, "input": input_shape}, held + BLOCK_SIZE, L + BLOCK_SIZE, N * C)
     values = (C, held, L, *layout.strides)
     params = tuple(zip(params_fields(KERNEL), values, strict=True))

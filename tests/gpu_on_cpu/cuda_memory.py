@@ -34,7 +34,7 @@ def _allocate(out: int, size: int, arena: memory.Arena) -> None:
 
 
 def _free(address: int) -> None:
-    """Free what is not in use any more: the device ends its work first, as cudaFree makes it."""
+    """Free what is no longer in use. The device first ends its work, as with cudaFree."""
     if address == 0:
         return
     arena = find_arena(address)
@@ -220,7 +220,7 @@ def _is_pageable(address: int) -> bool:
 
 
 def _copy(target: int, source: int, size: int, stream: streams.Stream) -> None:
-    """Queue a copy; one to pageable memory is waited for, one from there has been read when this returns."""
+    """Queue a copy. A copy to pageable memory is complete when this returns; one from there has been read."""
     for address in (target, source):
         check_range(address, size)
     if size == 0:
