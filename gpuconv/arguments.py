@@ -204,12 +204,19 @@ def check_rank(caller: str, name: str, shape: Sequence[Any], layout: str, ranks:
         )
 
 
-def channels_hint(x: Arrays, weight: ArrayLike, expected: int, last_of_weight: int | None = None) -> str:
+def channels_hint(op: Op, x: Arrays, weight: ArrayLike, groups: int) -> str:
     """A hint at what was probably meant, where the input has not as many channels as the weight expects."""
+    is_forward = op == "conv1d"
+    expected = weight.shape[1] * groups if is_forward else weight.shape[0]
     if x.L_in == expected:
         return "; the channels of input seem to come last: pass input.swapaxes(-1, -2)"
-    if last_of_weight == x.C_in:
+    if is_forward and weight.shape[2] * groups == x.C_in:
         return "; the input channels of weight seem to come last: pass weight.swapaxes(-1, -2)"
+    if is_forward and groups > 1 and weight.shape[1] == x.C_in:
+        return f"; with groups = {groups} weight must have C_in/groups = {x.C_in // groups} of them"
+    if groups == 1 and x.C_in in weight.shape[:2]:
+        other = "conv_transpose1d" if is_forward else "conv1d"
+        return f"; if weight is in the order of {other}, pass weight.swapaxes(0, 1)"
     if tuple(weight.shape[:2]) == (1, 1):
         return f"; one filter for every channel is weight.repeat({x.C_in}, axis=0) with groups = {x.C_in}"
     return ""

@@ -141,7 +141,7 @@ class ConvProblem(Problem):
         if C_in_g * g != x.C_in:
             raise ValueError(
                 f"{op}: input has C_in = {x.C_in} channels, but weight {tuple(weight.shape)} with groups = {g} expects "
-                f"C_in = {C_in_g}*{g} = {C_in_g * g}{channels_hint(x, weight, C_in_g * g, weight.shape[2] * g)}"
+                f"C_in = {C_in_g}*{g} = {C_in_g * g}{channels_hint(op, x, weight, g)}"
             )
         check_bias_length(op, bias, C_out)
         span = d * (K - 1) + 1
@@ -182,7 +182,7 @@ class ConvProblem(Problem):
         if weight_C_in != x.C_in:
             raise ValueError(
                 f"{op}: input has C_in = {x.C_in} channels, but weight {tuple(weight.shape)} expects "
-                f"C_in = {weight_C_in}{channels_hint(x, weight, weight_C_in)}"
+                f"C_in = {weight_C_in}{channels_hint(op, x, weight, g)}"
             )
         check_bias_length(op, bias, C_out)
         span = d * (K - 1) + 1

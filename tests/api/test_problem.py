@@ -688,6 +688,21 @@ def test_other_names_are_no_dtypes() -> None:
             "conv1d: input has C_in = 16 channels, but weight (8, 5, 3) with groups = 1 expects C_in = 5*1 = 5",
         ),
         (
+            "conv1d", (2, 16, 100), (16, 8, 3), {},
+            "conv1d: input has C_in = 16 channels, but weight (16, 8, 3) with groups = 1 expects C_in = 8*1 = 8; "
+            "if weight is in the order of conv_transpose1d, pass weight.swapaxes(0, 1)",
+        ),
+        (
+            "conv_transpose1d", (2, 16, 100), (8, 16, 3), {},
+            "conv_transpose1d: input has C_in = 16 channels, but weight (8, 16, 3) expects C_in = 8; "
+            "if weight is in the order of conv1d, pass weight.swapaxes(0, 1)",
+        ),
+        (
+            "conv1d", (2, 16, 100), (16, 16, 3), {"groups": 16},
+            "conv1d: input has C_in = 16 channels, but weight (16, 16, 3) with groups = 16 expects C_in = 16*16 = 256; "
+            "with groups = 16 weight must have C_in/groups = 1 of them",
+        ),
+        (
             "conv_transpose1d", (2, 100, 16), (16, 8, 3), {},
             "conv_transpose1d: input has C_in = 100 channels, but weight (16, 8, 3) expects C_in = 16; "
             "the channels of input seem to come last: pass input.swapaxes(-1, -2)",
