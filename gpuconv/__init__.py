@@ -7,12 +7,13 @@
     array([[[1., 3., 5., 5.]]])
 
 - `conv1d` and `conv_transpose1d` are the two operations, with the order of arguments of torch.nn.functional.
+- `conv1d_output_length`, `conv_transpose1d_output_length` and `output_lengths`, for many samples, give output lengths.
 - `gpuconv.nn` has layers, `gpuconv.grad` the gradients.
 - `gpuconv.stream` has both operations for signals that arrive in pieces, `gpuconv.chunked` for arrays larger than
   memory, `gpuconv.dask` for dask arrays, `gpuconv.torch` for PyTorch's tensors.
 - `gpuconv.signal` has the FIR filters of scipy.signal, `gpuconv.sigpy` the convolutions of sigpy.
 - `explain` tells what a call will run, and why; `prepare` packs weights once for many calls; `compile` compiles kernels
-  in advance.
+  in advance, and `is_compiled` tells whether that was done.
 - `verify` checks the results of this machine, `gpuconv.testing` those of your tests; `gpuconv.reference` has the
   definitions and the error bounds.
 
@@ -33,7 +34,7 @@ absent; the call then computes one sample.
     conv1d            L_out = floor((L_in + left + right - dilation*(K - 1) - 1) / stride) + 1
     conv_transpose1d  L_out = (L_in - 1)*stride - left - right + dilation*(K - 1) + output_padding + 1
 
-`padding="same"` gives L_out = ceil(L_in/stride), transposed L_in*stride; of an odd total, the right side gets one more.
+`padding="same"` gives L_out = ceil(L_in/stride), transposed L_in*stride; an odd total puts one more on the right.
 With N = 0, C_out = 0 or C_in = 0 the result has the right shape; an empty sum is the bias, or zero.
 
 ## Arrays

@@ -191,8 +191,8 @@ def conv_transpose1d(
 def prepare(weight: ArrayT) -> runtime.PreparedWeight:
     """Pack weights once for many calls.
 
-    Some kernel families read the weights in another order and pack them at each call, in a small kernel of its own or
-    in theirs, which `gpuconv.explain` shows. A prepared weight keeps the packed weights, and for `algorithm="fft"` the
+    Some kernel families read the weights in another order. They pack them in each call, by a small kernel or by their
+    own, as `gpuconv.explain` shows. A prepared weight keeps the packed weights, and for `algorithm="fft"` the
     spectra; `conv1d` and `conv_transpose1d` accept it in place of the weight, with the same results to the bit. It
     holds a copy, so prepare the weight again after changing it. The copy is complete on every stream; the first call
     with each problem packs it and waits until that is finished. If calls are on several streams, keep the handle until

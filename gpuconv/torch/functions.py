@@ -54,7 +54,7 @@ def conv1d(
             device, with any strides and, with the exceptions at `weight` and `out_dtype`, of one dtype.
         weight: (C_out, C_in/groups, K); real or complex where `input` is complex.
         bias: (C_out,), or None.
-        stride, padding, dilation, groups, padding_mode: as in `gpuconv.conv1d`, as are all others.
+        stride, padding, dilation, groups, padding_mode: as in `gpuconv.conv1d`.
         input_activation, residual, activation: tensors in place of arrays. What is fused has no derivatives.
         lengths: a sequence of ints or a tensor, whose values are read on the CPU: this waits for a CUDA tensor, and
             torch.compile recompiles for other values. They apply to all derivatives.
