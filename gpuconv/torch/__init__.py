@@ -38,7 +38,14 @@ along one axis.
 This is the only package of gpuconv that imports PyTorch; `import gpuconv` does not import it.
 """
 
-from .functions import conv1d, conv_transpose1d
-from .patching import patch
+from ..text import install_hint
+
+try:
+    from .functions import conv1d, conv_transpose1d
+    from .patching import patch
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ModuleNotFoundError(f"gpuconv.torch needs PyTorch: {install_hint('torch')}", name="torch") from error
 
 __all__ = ["conv1d", "conv_transpose1d", "patch"]

@@ -135,6 +135,19 @@ except AttributeError as error:
         exec("from gpuconv import conv2d")
 
 
+def test_without_pytorch_its_bridge_says_how_to_install_it() -> None:
+    script = """
+import json, sys
+sys.modules["torch"] = None
+try:
+    import gpuconv.torch
+except ModuleNotFoundError as error:
+    print(json.dumps(str(error)))
+"""
+    hint = "pip install -e '.[torch]' in a checkout of gpuconv"
+    assert fresh(script) == f"gpuconv.torch needs PyTorch: {hint}"
+
+
 def test_type_checkers_see_the_names_that_are_loaded_late() -> None:
     """They read the imports under `if TYPE_CHECKING`, and must not see a `__getattr__` that makes any name good."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
