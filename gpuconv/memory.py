@@ -45,9 +45,12 @@ def check_kinds(op: str, arrays: dict[str, Any]) -> None:
     first, kind_of_first = next(iter(kinds.items()))
     for name, kind in kinds.items():
         if kind != kind_of_first:
+            both = {first: kind_of_first, name: kind}
+            numpy_name = next((each for each, found in both.items() if found == "NumPy array"), None)
+            hint = "" if numpy_name in (None, "out") else f"; pass cupy.asarray({numpy_name})"
             raise TypeError(
                 f"{op}: all arrays must be of one kind and on one device, got {first} as a {kind_of_first} "
-                f"and {name} as a {kind}"
+                f"and {name} as a {kind}{hint}"
             )
 
 

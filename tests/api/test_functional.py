@@ -741,7 +741,9 @@ def test_arrays_of_two_kinds_or_devices_are_refused(cupy: Any, op: str, name: st
     second = "weight" if name == "input" else name  # the first array that differs from input
     for most, odd in itertools.permutations(kinds, 2):
         first, then = (odd, most) if name == "input" else (most, odd)
-        with pytest.raises(TypeError, match=f"{base}{first} and {second} as a {then}$"):
+        host = "input" if first == "NumPy array" else second if then == "NumPy array" else None
+        hint = "" if host is None else rf"; pass cupy\.asarray\({host}\)"
+        with pytest.raises(TypeError, match=f"{base}{first} and {second} as a {then}{hint}$"):
             call(op, **{**kinds[most], name: kinds[odd][name]}, **SETTINGS[op])
     assert cupy.cuda.Device().id == 0
 
