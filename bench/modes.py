@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import gpuconv
-from gpuconv import cases, grad
+from gpuconv import grad
 from gpuconv.device import Device
 from gpuconv.problem import ConvProblem, WeightGradientProblem
+from gpuconv.problem.parts import call_settings
 
 from .layers import Layer
 
@@ -98,7 +99,7 @@ def result_shape(problem: ConvProblem, direction: Direction) -> tuple[int, ...]:
 
 def our_function(problem: ConvProblem, direction: Direction, precision: str) -> Callable[..., Any]:
     """The function of gpuconv for a pass, of (input, weight, bias or grad_output) and `out`."""
-    settings = cases.call_settings(problem) | {"precision": precision}
+    settings = call_settings(problem) | {"precision": precision}
     if direction == "forward":
         forward = gpuconv.conv_transpose1d if problem.transposed else gpuconv.conv1d
         return partial(forward, **settings)

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .cases import Case, call_settings
 from .explain import SETTINGS
 from .files import FileError, StrPath
-from .fusion import Activation, Fused
-from .problem import ArraySpec, ConvProblem, Op, dtype_name
-
-# The most FLOP of one call when a layer is verified: the checks compute the slow reference some hundred times.
-MAX_FLOPS = 10**8
-_LEAST_OUTPUTS = 8
+from .fusion import Activation
+from .problem import ArraySpec, Op
 
 
 class Layer(NamedTuple):
@@ -39,45 +33,6 @@ class Layer(NamedTuple):
         assert weight is not None
         settings = {name: _in_dtype(value, dtype) for name, value in self.settings.items()}
         return Layer(self.op, (x, weight, bias), settings)
-
-    def case(self, name: str) -> tuple[str, Case]:
-        """The number format of the layer (for integers the dtype) and the layer as a case of `gpuconv.verify`.
-
-        Complex data with real taps become the real part of the data. N and L are reduced until a call has at most
-        `MAX_FLOPS`, but a few outputs remain: the kernel family does not depend on N and L.
-
-        Raises:
-            ValueError: the call itself would raise it.
-            TypeError: likewise.
-        """
-        x, weight, bias = self.arrays
-        if x.dtype != weight.dtype and str(x.dtype).startswith("complex"):
-            return self.with_dtype(str(dtype_name(weight.dtype))).case(name)
-        settings = {n: v for n, v in self.settings.items() if v is not None and n != "algorithm"}
-        fused = Fused.take(self.op, settings)
-        problem = _cut(ConvProblem.of(self.op, x, weight, bias, **settings))
-        problem.fused(Fused(replace(fused.fusion, has_residual=False), (None, *fused.arrays[1:])))
-        number_format = "tf32" if problem.precision == "tf32" else problem.dtype
-        fusion = fused.fusion if fused.fusion else None
-        return number_format, Case(name, problem, tuple(call_settings(problem).items()), ("layer",), fusion)
-
-
-def _cut(problem: ConvProblem) -> ConvProblem:
-    """The layer with N and L reduced as far as `MAX_FLOPS` requires."""
-    p = problem
-    if p.flops() <= MAX_FLOPS:
-        return p
-    p = replace(p, N=min(p.N, 2))
-    positions = p.L_in if p.transposed else p.L_out
-    wanted = max(_LEAST_OUTPUTS, positions * MAX_FLOPS // p.flops())
-    if p.transposed:
-        # Enough inputs for an output to remain after the padding is trimmed.
-        least = -(-(p.padding_left + p.padding_right) // p.stride) + 1
-        return replace(p, L_in=min(p.L_in, max(wanted, least)))
-    span = p.dilation * (p.K - 1) + 1
-    # A padding mode may need more samples than the padding has.
-    least = max(p.padding_left, p.padding_right, span) + 1
-    return replace(p, L_in=min(p.L_in, max((wanted - 1) * p.stride + span, least)))
 
 
 def _in_dtype(value: Any, dtype: str) -> Any:

@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 from . import functional
 from .arguments import ArraySpec, Op
-from .cases.derived import call_settings, chunk
 from .edge import source_indices
 from .fusion import FUSED_ARRAYS, Fused
 from .lengths import Samples, follows_length
 from .problem import ConvProblem
+from .problem.parts import call_settings, chunk
 from .real_taps import are_real_taps, check_real_taps
 
 _ALIGNED = 64  # outputs: most pieces are a multiple of this, so that their rows are aligned for wide accesses

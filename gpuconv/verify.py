@@ -10,6 +10,7 @@ from . import cases, runtime
 from .cases import NUMBER_FORMATS, Case
 from .checks import CHECKS, FFT, Target, run_checks
 from .checks.families import families_of, families_that_take, far_bytes, far_runs, run_families, run_far
+from .checks.layers import Pair, cases_of, cuts
 from .device import Device
 from .gpus import GpuUnavailableError, missing_gpu
 from .layers import Layer
@@ -20,7 +21,6 @@ __all__ = ["Report", "verify"]
 
 DeviceName: TypeAlias = Literal["auto", "gpu", "cpu"]
 Progress: TypeAlias = Callable[[int, int, str], None]
-Pair: TypeAlias = tuple[str, Case]  # a case in a number format
 
 
 def verify(
@@ -109,7 +109,7 @@ def verify(
     if unknown:
         got = ", ".join(map(repr, unknown))
         raise ValueError(f"verify: dtypes must be among {', '.join(NUMBER_FORMATS)}, got {got}")
-    own_cases = None if layers is None else _cases_of(layers, dtypes)
+    own_cases = None if layers is None else cases_of(layers, dtypes)
     selected = cases.select(filter)
     missing = None if device == "cpu" else missing_gpu()
     if device == "gpu" and missing is not None:
@@ -119,7 +119,7 @@ def verify(
     if own_cases is not None:
         dtypes = list(dict.fromkeys(name for name, _ in own_cases))
         skipped = {name: reason for name in dtypes if (reason := target.lacks(name)) is not None}
-        skipped |= _cuts(own_cases, layers or ())
+        skipped |= cuts(own_cases, layers or ())
     elif dtypes is None:
         own = [name for name in NUMBER_FORMATS if target.on_gpu or name != "tf32"]
         skipped = {name: reason for name in own if (reason := target.lacks(name)) is not None}
@@ -194,36 +194,6 @@ def verify(
         restricted=restricted,
         layers={(case.name, dtype): str(case.problem) for dtype, case in own_cases or ()},
     )
-
-
-def _cases_of(layers: Sequence[Layer], dtypes: Sequence[str] | None) -> list[Pair]:
-    """Layers as cases "layer 1" and so on, in these number formats, or each in its own."""
-    found = []
-    for number, layer in enumerate(layers, start=1):
-        wanted = [layer] if dtypes is None else [_in_format(layer, name) for name in dtypes]
-        try:
-            found += [one.case(f"layer {number}") for one in wanted]
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"verify: layer {number}: {error}") from None
-    return found
-
-
-def _in_format(layer: Layer, number_format: str) -> Layer:
-    precision = "tf32" if number_format == "tf32" else "float32"
-    other = layer.with_dtype(cases.dtype_of(number_format))
-    return other._replace(settings={**other.settings, "precision": precision})
-
-
-def _cuts(pairs: Sequence[Pair], layers: Sequence[Layer]) -> dict[str, str]:
-    """The layers whose N and L are reduced, since the reference would take too long, with the reduced shapes."""
-    cut = {}
-    for number, layer in enumerate(layers, start=1):
-        p = next(case.problem for _, case in pairs if case.name == f"layer {number}")
-        whole = tuple(layer.arrays[0].shape)
-        if p.input_shape != whole:
-            words = f"checked as {p.input_shape} in place of {whole}; kernel families depend on neither N nor L"
-            cut[f"layer {number} at full size"] = words
-    return cut
 
 
 def _lack_of_memory(num_bytes: int) -> str | None:

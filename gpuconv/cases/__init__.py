@@ -3,6 +3,7 @@
 Tests, `gpuconv.verify` and the benchmarks all read `CASES`.
 """
 
+from ..problem.parts import call_settings, chunk, inner_outputs
 from .data import (
     RANDOM_KINDS,
     Data,
@@ -20,12 +21,9 @@ from .data import (
 from .derived import (
     NUMBER_FORMATS,
     Term,
-    call_settings,
-    chunk,
     dtype_of,
     in_format,
     in_integers,
-    inner_outputs,
     one_group,
     terms_of,
     with_batch,

@@ -29,12 +29,9 @@ LAYERS = (
     ("fusion",),
     ("problem.base",),
     ("problem.forward",),
-    ("problem.gradients",),
+    ("problem.gradients", "problem.parts"),
     ("problem",),
     ("overlap",),
-    ("cases.derived", "cases.data", "peers"),
-    ("cases.table",),
-    ("cases",),
     ("reference.activations", "cpu.limits", "source", "journal"),
     ("reference.sums",),
     ("reference.fft",),
@@ -85,9 +82,12 @@ LAYERS = (
     ("signal.convolution",),
     ("signal.filters",),
     ("signal",),
+    ("cases.derived", "cases.data", "peers"),
+    ("cases.table",),
+    ("cases",),
     ("checks.target", "npy", "sigpy", "testing", "stream.window", "torch.tensors", "compile", "layers"),
     ("checks.subject", "stream.base"),
-    ("checks.forward", "checks.gradients", "checks.lengths", "stream.*"),
+    ("checks.forward", "checks.gradients", "checks.layers", "checks.lengths", "stream.*"),
     ("checks", "stream", "pytest_plugin", "measure"),
     ("checks.families",),
     ("torch.operators",),
@@ -203,6 +203,14 @@ def test_only_numpy_is_needed_at_import(module: str) -> None:
     if module == "pytest_plugin":
         foreign = {entry for entry in foreign if not entry.endswith(": pytest")}
     assert foreign == set()
+
+
+def test_what_computes_needs_nothing_of_what_verifies() -> None:
+    verifies = {"cases", "checks", "measure", "peers", "verify"}
+    for module in MODULES:
+        if module.split(".")[0] not in verifies and module not in ("", "cli.bench", "cli.verify"):
+            found = {name.split(".")[0] for _, name, own in imports(module) if own}
+            assert not verifies & found, module
 
 
 def test_pytorch_is_imported_by_its_bridge_alone() -> None:

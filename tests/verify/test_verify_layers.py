@@ -41,7 +41,7 @@ CALLS: list[tuple[Any, Shape, Shape, str, dict[str, Any]]] = [
 def test_every_layer_is_checked_in_its_own_dtype(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(layers, "MAX_FLOPS", 10**6)
+    monkeypatch.setattr(checks.layers, "MAX_FLOPS", 10**6)
     path = written(tmp_path, *CALLS)
     assert cli.main(["verify", "--device", "cpu", "--layers", str(path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
