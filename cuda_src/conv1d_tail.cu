@@ -30,7 +30,7 @@ struct Params {
     index_t vector_stores;
     FUSED_FIELDS WINDOW_FIELDS
 };
-static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_tail.py");
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_tail.py");
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv1d_tail(
     INPUT_ARGUMENT  // [N, C_in, L_in]

@@ -29,7 +29,7 @@ struct Params {
     index_t tap_blocks, lead, chunk_channels, copy_elements;
     FUSED_FIELDS WINDOW_FIELDS
 };
-static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_transpose1d_tail.py");
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_tail.py");
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv_transpose1d_tail(
     INPUT_ARGUMENT  // [N, C_in, L_in]

@@ -28,7 +28,7 @@ constexpr int kMaxThreads = BLOCK_L / kVec;
 constexpr bool kRowsInVectors = THREAD_C >= 4;
 constexpr int kTapBlock = THREAD_C * kVec;  // weights of a channel's tap block
 constexpr int kStoredRows = THREAD_C < 8 || INDEX_BITS == 64 ? 1 : 2;  // that are stored at a time
-static_assert(kMaxThreads * kVec == BLOCK_L && kMaxThreads % 32 == 0, "whole warps own BLOCK_L: gpuconv/families/sliding.py");
+static_assert(kMaxThreads * kVec == BLOCK_L && kMaxThreads % 32 == 0, "whole warps own BLOCK_L: gpuconv/families/conv_tail.py");
 static_assert(kTapBlock % kAccVec == 0 && (!kRowsInVectors || THREAD_C % kAccVec == 0), "weights are whole vectors");
 
 // One block's columns. Offsets and strides are in elements.

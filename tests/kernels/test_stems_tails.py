@@ -12,8 +12,7 @@ import pytest
 from gpuconv import cases
 from gpuconv.families import ArrayLayout, Family, Layout
 from gpuconv.families.conv1d_stem import Conv1dStem
-from gpuconv.families.conv1d_tail import Conv1dTail
-from gpuconv.families.conv_transpose1d_tail import ConvTranspose1dTail
+from gpuconv.families.conv_tail import Conv1dTail, ConvTranspose1dTail
 from gpuconv.problem import DTYPES, ConvProblem
 from tests import hostcuda
 from tests.kernels.arrays import assert_same_bits

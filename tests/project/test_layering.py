@@ -52,7 +52,7 @@ LAYERS = (
     ("families.offsets", "families.mma_costs", "families.mma_tiles", "families.mma_window"),
     ("families.weight_boxes", "families.weight_gradient_sides"),
     ("families.mma_packing",),
-    ("families.append", "families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.slices"),
+    ("families.append", "families.tiles", "families.depthwise", "families.mma", "families.slices"),
     ("families.passes", "families.weight_gradient_window"),
     ("families.edges", "families.fused", "families.weight_gradient_costs"),
     ("families.lengths",),
