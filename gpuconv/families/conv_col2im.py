@@ -380,6 +380,8 @@ class _ConvCol2im(Family[ConvProblem]):
                     if access is Access.UNIT and device.arch < mma.ASYNC_COPY_ARCH:
                         continue
                     for tile in tiles(arithmetic, device, bits):
+                        if tile.block_m < MAX_BLOCK_M and self.kind == "conv1d":
+                            continue  # the runs of its layers, which have at least MIN_WEIGHTS, take more rows
                         yield self._config(dtype, precision, tile, bits, access, device)
                 yield mma_packing.config("pack_col2im_weight", dtype, precision, bits)
 

@@ -172,6 +172,17 @@ def test_runs_hold_every_tap_once_and_fit_a_block(C_out: int, stride: int, K: in
         assert found.run_taps <= taps
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_only_transposed_layers_have_runs_of_few_rows(mode: str) -> None:
+    """And tiles for them among the kernels that are compiled in advance."""
+    for op, family in FAMILY.items():
+        extents = product(range(1, 9), range(6, 70), (1, 2))
+        layers = (at(ConvProblem(op, 2, 64, C_out, 199, K, dilation=d), mode) for C_out, K, d in extents)
+        rows = {runs.rows * runs.runs for runs in (Runs.of(layer) for layer in layers if takes(layer))}
+        block_rows = {dict(config.macros).get("BLOCK_M") for config in family.configs(H200)}
+        assert (min(rows) <= 16) == ("16" in block_rows) == (op == "conv_transpose1d")
+
+
 def test_runs_of_layers() -> None:
     """Two fragments of rows, which share what they load of the input, unless one suffices for all taps."""
 
