@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from gpuconv import cases, dispatch, reference
 from gpuconv.cases import Data
 from gpuconv.device import Device
 from gpuconv.families import ArrayLayout, Family, Layout
 from gpuconv.families.base import contiguous_strides
+from gpuconv.families.mma_tiles import Tile
 from gpuconv.problem import ConvProblem, numpy_dtype
 from tests import hostcuda
 from tests.hostcuda import Counts
@@ -81,6 +84,12 @@ def check_the_layer_alone_decides(
             assert choice.launch.shared_bytes <= device.shared_per_block
             assert choice.config in set(family.configs(device))
     return reason
+
+
+def leave_one_tile(patch: pytest.MonkeyPatch, family: ModuleType, tile: Tile) -> None:
+    """Leave the cost model of a family one tile to choose."""
+    compare = family.compare_tilings
+    patch.setattr(family, "compare_tilings", lambda *args: tuple(t for t in compare(*args) if t.tile == tile))
 
 
 @cache
@@ -183,6 +192,8 @@ HARD: dict[str, Exponents] = {
 HARD_TO_SPLIT: dict[str, Exponents] = {
     "around the smallest that are split": ((-106, -98), (-4, 40)),
     "weights around the smallest that are split": ((-4, 40), (-106, -98)),
+    "parts that would be subnormal": ((-122, -114), (-4, 40)),
+    "parts of weights that would be subnormal": ((-4, 40), (-122, -114)),
 }
 
 

@@ -32,17 +32,12 @@ from tests.kernels import tensor_cores
 from tests.kernels.arrays import assert_same_bits, unaligned
 from tests.kernels.tensor_cores import (
     H200,
-    HARD,
-    HARD_TO_SPLIT,
     assert_like_base,
     assert_right,
     check_bank_conflicts,
     check_offsets_beyond_32_bits,
-    check_special_samples_and_biases,
     check_the_layer_alone_decides,
-    check_views,
     chosen_result,
-    hard_data,
     powers,
 )
 from tests.plans import FORWARD_FAMILIES, kernel_of
@@ -115,24 +110,6 @@ def test_the_layer_alone_decides_where_it_runs_and_in_which_order_it_is_summed(
     layer: ConvProblem, mode: str, arch: str
 ) -> None:
     check_the_layer_alone_decides(FAMILY[layer.op], at(layer, mode), Device.from_arch(arch), reduction)
-
-
-@pytest.mark.parametrize(
-    ("arch", "modes"),
-    [
-        ("sm_75", {"float16"}),
-        ("sm_80", set(MODES)),
-        ("sm_86", set(MODES)),
-        ("sm_90", set(MODES)),
-        ("sm_120", set(MODES)),
-    ],
-)
-def test_architectures(arch: str, modes: set[str]) -> None:
-    device = Device.from_arch(arch)
-    for problem in PROBLEMS.values():
-        assert {mode for mode in MODES if takes(at(problem, mode), device)} == modes
-        for dtype in ("float64", "complex64"):
-            assert not takes(replace(problem, dtype=dtype), device)
 
 
 def test_float32_needs_terms_enough_for_its_bound_and_others_do_not() -> None:
@@ -388,12 +365,6 @@ def test_the_tiles_meet_several_segments_and_a_shorter_last_one() -> None:
         assert any(order["chunks"] % order["segment_chunks"] for order in orders)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@every_problem
-def test_views_change_no_bit(problem: ConvProblem, mode: str) -> None:
-    check_views(run, at(problem, mode))
-
-
 # Of even lengths: planes of pairs that begin with an even or an odd position, in one plane or two, of several samples.
 PAIRED = {
     "odd first": ConvProblem("conv1d", 2, 37, 18, 150, 3, 1, 1, 1),
@@ -553,21 +524,6 @@ def test_offsets_beyond_32_bits(name: str, mode: str) -> None:
     check_offsets_beyond_32_bits(run, FAMILY[p.op], p)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@every_problem
-def test_values_that_are_no_numbers_spoil_only_what_they_feed(problem: ConvProblem, mode: str) -> None:
-    """Also where other taps of an output fall into the padding, and where a phase lacks the tap."""
-    p = at(problem, mode)
-    for k in (0, p.K // 2, p.K - 1):
-        x, w, b = cases.random_data(p, k)
-        rows = np.moveaxis(w, 1, 0) if p.transposed else w
-        rows[0, :, k], rows[1, 0, k], rows[-1, -1, k] = np.nan, np.inf, -np.inf
-        y = assert_like_base(run, p, Data(np.abs(x), w, b)).astype(np.float64)
-        assert np.isfinite(y).any()
-        assert not np.isfinite(y).all()
-    check_special_samples_and_biases(run, p)
-
-
 @every_problem
 def test_half_precision_overflows_when_it_is_stored_and_not_before(problem: ConvProblem) -> None:
     p = at(problem, "float16")
@@ -583,24 +539,6 @@ def test_tf32_that_rounds_past_the_largest_number_is_as_good_as_unrounded() -> N
     x[0, :, 5] *= np.float32(2.0**-10)
     w[3] *= np.float32(2.0**-10)
     assert_right(p, run(p, Data(x, w, b)), Data(x, w, b))
-
-
-EXPONENTS = {
-    **HARD,
-    **HARD_TO_SPLIT,
-    "mixed magnitudes that cancel": HARD["mixed magnitudes"],
-    "parts that would be subnormal": ((-122, -114), (-4, 40)),
-    "parts of weights that would be subnormal": ((-4, 40), (-122, -114)),
-}
-
-
-@pytest.mark.parametrize("kind", EXPONENTS)
-@pytest.mark.parametrize("mode", ["float32", "tf32", "bfloat16"])
-def test_hard_data(mode: str, kind: str, rule: TensorCores) -> None:
-    for seed, problem in enumerate(PROBLEMS.values()):
-        p = at(problem, mode)
-        data = hard_data(p, EXPONENTS[kind], seed, cancels=kind.endswith("cancel"))
-        assert_right(p, run(p, data), data, (kind, rule))
 
 
 @pytest.mark.usefixtures("rule")

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from gpuconv import cases, dispatch
 from gpuconv.cases import Data
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.edge import PADDING_MODES
 from gpuconv.families import Layout, conv1d_toeplitz
 from gpuconv.families.conv1d_toeplitz import MIN_TAPS, SHAPES, Conv1dToeplitz
 from gpuconv.problem import ConvProblem
@@ -23,16 +22,10 @@ from tests.hostcuda import Program, TensorCores
 from tests.kernels.arrays import assert_same_bits
 from tests.kernels.tensor_cores import (
     H200,
-    HARD,
-    assert_like_base,
     assert_right,
     check_offsets_beyond_32_bits,
-    check_padding_mode,
-    check_special_samples_and_biases,
     check_the_layer_alone_decides,
-    check_views,
     data_of_one_sign,
-    hard_data,
 )
 from tests.plans import kernel_of
 
@@ -116,27 +109,8 @@ def test_bits_do_not_depend_on_where_a_result_lies(mode: str, rule: TensorCores)
 
 
 @pytest.mark.parametrize("mode", MODES)
-@every_problem
-def test_views_change_no_bit(problem: ConvProblem, mode: str) -> None:
-    check_views(run, at(problem, mode))
-
-
-@pytest.mark.parametrize("mode", MODES)
 def test_offsets_beyond_32_bits(mode: str) -> None:
     check_offsets_beyond_32_bits(run, FAMILY, at(PROBLEMS["whole blocks"], mode))
-
-
-@pytest.mark.parametrize("mode", MODES)
-@every_problem
-def test_values_that_are_no_numbers_spoil_only_what_they_feed(problem: ConvProblem, mode: str) -> None:
-    """Also where other taps of an output fall into the padding: there a weight that is no number counts for nothing."""
-    p = at(problem, mode)
-    for k in (0, p.K // 2, p.K - 1):
-        x, w, b = cases.random_data(p, k)
-        w[0, 0, k], w[1, 0, k] = np.nan, np.inf
-        y = assert_like_base(run, p, Data(np.abs(x), w, b)).astype(np.float64)
-        assert not np.isfinite(y).all() or k != p.K // 2  # the outer taps may meet no sample
-    check_special_samples_and_biases(run, p)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -172,21 +146,6 @@ def test_values_outside_the_window_change_no_bit(mode: str) -> None:
         assert_same_bits(output[..., outside], expected[..., outside], l_in)
         assert_same_bits(output[:, 1], expected[:, 1], l_in)
         assert not np.isfinite(output[0, 0, ~outside].astype(np.float64)).any()
-
-
-@pytest.mark.parametrize("padding_mode", PADDING_MODES[1:])
-@pytest.mark.parametrize("mode", MODES)
-def test_padding_that_means_samples_gives_the_bits_of_padded_input(mode: str, padding_mode: str) -> None:
-    check_padding_mode(run, at(PROBLEMS["odd"], mode), padding_mode)
-
-
-@pytest.mark.parametrize("kind", HARD)
-@pytest.mark.parametrize("mode", ["tf32", "bfloat16"])
-def test_hard_data(mode: str, kind: str, rule: TensorCores) -> None:
-    for seed, name in enumerate(("odd", "short")):
-        p = at(PROBLEMS[name], mode)
-        data = hard_data(p, HARD[kind], seed)
-        assert_right(p, run(p, data), data, (kind, rule))
 
 
 @pytest.mark.parametrize("mode", MODES)
