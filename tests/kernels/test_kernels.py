@@ -17,13 +17,13 @@ from bench.layers import load
 from gpuconv import calls, cases, dispatch, reference, source
 from gpuconv.cases import CASES, NUMBER_FORMATS, Case, Data, RandomKind
 from gpuconv.checks import chunk_bounds
-from gpuconv.families import Config, Family, Launch, Layout
+from gpuconv.families import Config, Family, Launch, Layout, Refusal, edges
 from gpuconv.problem import DTYPES, ConvProblem
 from tests import hostcuda
 from tests.conftest import BACKENDS
 from tests.kernels.arrays import assert_same_bits
 from tests.kernels.cuda_cores import check_layouts, check_offsets_beyond_32_bits
-from tests.plans import BASE, FORWARD_FAMILIES, H200, kernel_of, refusal_of
+from tests.plans import BASE, FORWARD_FAMILIES, H200, kernel_of
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
@@ -36,11 +36,17 @@ TENSOR_MODES = ("float16", "bfloat16", "float32", "tf32")
 by_name = {"ids": lambda value: getattr(value, "name", value)}
 
 
+@cache  # planning what the table needs takes seconds
+def config_of(family: Family[Any], problem: ConvProblem) -> Config | None:
+    """The kernel with which a family runs a problem; None where it refuses, or where the output is empty."""
+    if family.kind != problem.op or problem.is_empty:
+        return None
+    plan = edges.plan(family, problem, Layout.contiguous(problem), H200)
+    return None if isinstance(plan, Refusal) else dispatch.Choice(family.name, plan).config
+
+
 def takes(family: Family[Any], problem: ConvProblem) -> bool:
-    """Whether a family runs a problem; a problem with an empty output never reaches one."""
-    if family.kind != problem.op or problem.N == 0 or problem.C_out == 0:
-        return False
-    return refusal_of(family, problem, Layout.contiguous(problem), H200) is None
+    return config_of(family, problem) is not None
 
 
 def modes(family: Family[Any]) -> tuple[str, ...]:
@@ -98,12 +104,12 @@ def variants(problem: ConvProblem) -> Iterator[ConvProblem]:
 def kernels() -> None:
     """What the table needs, compiled together, which takes less than one by one."""
     chosen = {
-        kernel_of(family, problem, Layout.contiguous(problem), H200)[0]
+        config
         for family in FORWARD_FAMILIES
         for mode in modes(family)
         for case in taken_cases(family, mode)
         for problem in variants(case.at(mode))
-        if takes(family, problem)
+        if (config := config_of(family, problem)) is not None
     }
     hostcuda.prebuild([*chosen, *(with_64_bits(config) for config in chosen if config.kernel in BASE.values())])
 
@@ -188,7 +194,7 @@ def with_output_length(problem: ConvProblem, L_out: int) -> ConvProblem:
     return replace(p, L_in=L_in, padding_right=p.padding_right + surplus)
 
 
-def edges(config: Config) -> list[int]:
+def edge_lengths(config: Config) -> list[int]:
     """One below, at and one above the sizes of the configuration's tiles along the output, and twice them."""
     tiles = {int(value) for name, value in config.macros if name in ("BLOCK_N", "BLOCK_L", "BLOCK_SIZE")}
     return sorted({factor * tile + step for tile in tiles for factor in (1, 2) for step in (-1, 0, 1)} - {0})
@@ -211,8 +217,9 @@ def test_edge_lengths(family: Family[Any], mode: str) -> None:
     """Lengths around every tile size: each position written once, none beyond the end."""
     checked = 0
     for template in edge_templates(family, mode):
-        config, _ = kernel_of(family, template, Layout.contiguous(template), H200)
-        for length in edges(config):
+        config = config_of(family, template)
+        assert config is not None
+        for length in edge_lengths(config):
             p = with_output_length(template, length)
             assert p.L_out == length
             if takes(family, p):
