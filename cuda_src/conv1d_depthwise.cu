@@ -46,7 +46,7 @@ struct Params {
     FUSED_FIELDS WINDOW_FIELDS
     static constexpr int C_in_g = 1;  // for canonical_sum
 };
-static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_depthwise.py");
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_depthwise.py");
 
 // weight[c_out, 0, 0] of a thread's row.
 __device__ __forceinline__ const storage_t* weight_row(const storage_t* weight, const ThreadRow& at, const Params& p) {

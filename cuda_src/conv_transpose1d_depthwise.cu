@@ -47,7 +47,7 @@ struct Params {
     index_t output_stride_n, output_stride_c, output_stride_l;
     FUSED_FIELDS WINDOW_FIELDS
 };
-static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_transpose1d_depthwise.py");
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_depthwise.py");
 
 // weight[c_in, c_out % C_out_g, 0] of a thread's row.
 __device__ __forceinline__ const storage_t* weight_row(const storage_t* weight, const ThreadRow& at, const Params& p) {

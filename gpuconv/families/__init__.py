@@ -61,18 +61,17 @@ from typing import Any
 from . import conv1d_depthwise_push, edges, fused, lengths, windows
 from .base import ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step
 from .bias_gradient_rows import BiasGradientRows
-from .conv1d_depthwise import Conv1dDepthwise
 from .conv1d_narrow import Conv1dNarrow
 from .conv1d_skinny import Conv1dSkinny
 from .conv1d_stem import Conv1dStem
 from .conv1d_toeplitz import Conv1dToeplitz
 from .conv_col2im import Conv1dCol2im, ConvTranspose1dCol2im
+from .conv_depthwise import Conv1dDepthwise, ConvTranspose1dDepthwise
 from .conv_direct import Conv1dDirect, ConvTranspose1dGather
 from .conv_im2col import Conv1dIm2col, ConvTranspose1dIm2col
 from .conv_mma import Conv1dMma, ConvTranspose1dMma
 from .conv_tail import Conv1dTail, ConvTranspose1dTail
 from .conv_tiled import Conv1dTiled, ConvTranspose1dPhases
-from .conv_transpose1d_depthwise import ConvTranspose1dDepthwise
 from .weight_gradient_direct import WeightGradientDirect
 from .weight_gradient_mma import WeightGradientMma
 from .weight_gradient_pairs import WeightGradientPairs
