@@ -369,44 +369,41 @@ __device__ __forceinline__ void multiply_slice(
         l_fine = keep_in_register(l * p.stride);
         fine_chunk = keep_in_register_global(fine + (n * p.fine_stride_n + l_fine * p.fine_stride_l));
 #endif
-        CoarseRuns ahead_coarse[kAheadCoarse];
-#pragma unroll
-        for (int i = 0; i < kAheadCoarse; ++i) {
-            const auto task = coarse_task(i);
-            if (has_next && is_coarse(task)) load_coarse(ahead_coarse[i], buffer ^ 1, task);
-        }
-        // Of fine in batches, so that one loop body serves all; the first of them arrives while this chunk is multiplied.
+        // Both in batches, so that one loop body serves all; the first of them arrive while this chunk is multiplied.
 #pragma unroll 1
-        for (int first = 0; first == 0 || first * kThreads < fine_tasks; first += kAheadFine) {
-            FineRuns ahead_fine[kAheadFine];
+        for (int first_coarse = 0; first_coarse * kThreads < kCoarseTasks; first_coarse += kAheadCoarse) {
+            CoarseRuns ahead_coarse[kAheadCoarse];
 #pragma unroll
-            for (int i = 0; i < kAheadFine; ++i) {
-                const auto task = fine_task(first + i);
-                if (has_next && is_fine(task)) load_fine(ahead_fine[i], buffer ^ 1, task);
+            for (int i = 0; i < kAheadCoarse; ++i) {
+                const auto task = coarse_task(first_coarse + i);
+                if (has_next && is_coarse(task)) load_coarse(ahead_coarse[i], buffer ^ 1, task);
             }
-            if (first == 0) multiply_chunk();
+#pragma unroll 1
+            for (int first = 0; first_coarse == 0 && (first == 0 || first * kThreads < fine_tasks); first += kAheadFine) {
+                FineRuns ahead_fine[kAheadFine];
+#pragma unroll
+                for (int i = 0; i < kAheadFine; ++i) {
+                    const auto task = fine_task(first + i);
+                    if (has_next && is_fine(task)) load_fine(ahead_fine[i], buffer ^ 1, task);
+                }
+                if (first == 0) multiply_chunk();
+                if (!has_next) break;
+#pragma unroll
+                for (int i = 0; i < kAheadFine; ++i) {
+                    const auto task = fine_task(first + i);
+                    if (is_fine(task)) store_fine(ahead_fine[i], task, buffer ^ 1);
+                }
+            }
             if (!has_next) break;
 #pragma unroll
-            for (int i = 0; i < kAheadFine; ++i) {
-                const auto task = fine_task(first + i);
-                if (is_fine(task)) store_fine(ahead_fine[i], task, buffer ^ 1);
+            for (int i = 0; i < kAheadCoarse; ++i) {
+                const auto task = coarse_task(first_coarse + i);
+                if (is_coarse(task)) coarse_side.store<kCopiesCoarse>(ahead_coarse[i], task, buffer ^ 1);
             }
         }
         if (!has_next) break;
 
         buffer ^= 1;
-#pragma unroll
-        for (int i = 0; i < kAheadCoarse; ++i) {
-            const auto task = coarse_task(i);
-            if (is_coarse(task)) coarse_side.store<kCopiesCoarse>(ahead_coarse[i], task, buffer);
-        }
-#pragma unroll 1
-        for (int i = kAheadCoarse; i * kThreads < kCoarseTasks; ++i) {
-            const auto task = coarse_task(i);
-            if (!is_coarse(task)) continue;
-            load_coarse(ahead_coarse[0], buffer, task);
-            coarse_side.store<kCopiesCoarse>(ahead_coarse[0], task, buffer);
-        }
         steps = p.chunk_samples > 1 ? int(min_index(p.chunk_samples, s.n_end - n)) * sample_steps
                                     : (int(min_index(s.l_end - l, CHUNK_ROWS)) + kStepRows - 1) / kStepRows;
         l += sample_rows;

@@ -114,20 +114,19 @@ __device__ __forceinline__ void stage_unit(Block<1>& block, Vector<unsigned>* ro
 template <int kWidth, typename P>
 __device__ __forceinline__ void load_taps(
     Block<kWidth>& block, const storage_t* x, index_t first, index_t L_fine, bool exists, const P& p) {
-    if (exists && is_inside(first, first + (kUnit - 1) * p.dilation, L_fine)) {
+    const index_t dilation = TAP_WIDTH == 2 ? 1 : p.dilation, stride = TAP_WIDTH == 2 ? 1 : p.fine_stride_l;
+    if (exists && is_inside(first, first + (kUnit - 1) * dilation, L_fine)) {
         if (TAP_WIDTH == 2) {
             load_neighbours(block, x + first);
         } else {
-            block.load(x + first * p.fine_stride_l, keep_in_register(p.dilation * p.fine_stride_l));
+            block.load(x + first * stride, keep_in_register(dilation * stride));
         }
         return;
     }
     block.clear();
 #pragma unroll
     for (int e = 0; e < kUnit; ++e) {
-        const Source source = source_index(first + e * p.dilation, L_fine);
-        if (exists && source.exists) {
-            block.run[e] = RunOf<kWidth>::type::load(x + source.index * p.fine_stride_l);
-        }
+        const Source source = source_index(first + e * dilation, L_fine);
+        if (exists && source.exists) block.run[e] = RunOf<kWidth>::type::load(x + source.index * stride);
     }
 }
