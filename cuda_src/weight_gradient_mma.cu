@@ -225,7 +225,9 @@ __device__ __forceinline__ void multiply_slice(
     const auto fine_task = [&](int i) {
         // Threads from the last on, as those of coarse may be few.
         const int index = (i + 1) * kThreads - 1 - int(threadIdx.x);
-        return index < fine_tasks ? tasks[index] : UnitTask{-1, 0, 0, 0};
+        UnitTask task = tasks[index < fine_tasks ? index : 0];
+        if (index >= fine_tasks) task.row = -1;
+        return task;
     };
     const auto is_fine = [&](const UnitTask& task) { return task.row >= 0; };
     const auto load_fine = [&](Block<1>& block, int buffer, const UnitTask& task) {
@@ -248,7 +250,9 @@ __device__ __forceinline__ void multiply_slice(
     const auto fine_task = [&](int i) {
         // Threads from the last on, as those of coarse may be few.
         const int index = (i + 1) * kThreads - 1 - int(threadIdx.x);
-        return index < fine_tasks ? tasks[index] : Task{window_units, 0};
+        Task task = tasks[index < fine_tasks ? index : 0];
+        if (index >= fine_tasks) task.unit = window_units;
+        return task;
     };
     const auto is_fine = [&](const Task& task) { return task.unit < fine_units; };
     const auto load_fine = [&](FineRuns& runs, int, const Task& task) {
@@ -263,9 +267,10 @@ __device__ __forceinline__ void multiply_slice(
         }
 #endif
 #if TAPS_IN_UNITS
-        const index_t tap_of_octet = task.unit % kOctetUnits * kUnit;
-        const storage_t* const x = fine + ((n + place.n) * p.fine_stride_n + task.unit / kOctetUnits * p.fine_stride_c);
-        load_taps(runs, x, position + tap_of_octet * p.dilation, L_fine, sample_exists, p);
+        const unsigned unit = task.unit;
+        const index_t octet = unit / kOctetUnits, tap_of_octet = unit % kOctetUnits * kUnit;
+        const storage_t* const x = fine + ((n + place.n) * p.fine_stride_n + octet * p.fine_stride_c);
+        load_taps(runs, x, position + tap_of_octet * p.dilation, sample_exists ? L_fine : 0, p);
 #else
         const index_t c = first_of_unit(task.unit, tile.elements);
         const Source source = source_index(position, L_fine);

@@ -22,14 +22,14 @@ static_assert(AHEAD_COARSE % COARSE_WIDTH == 0 && AHEAD_FINE % FINE_WIDTH == 0,
               "whole tasks are loaded ahead: gpuconv/families/weight_gradient_mma.py");
 
 // Where a row of the window lies, from the chunk's first sample and the position that its first l meets.
-struct Place {
+struct alignas(2 * sizeof(index_t)) Place {
     index_t n, l;
 };
 
 // A thread's task in staging: `width` neighbouring positions of a unit. Neighbouring lanes take neighbouring positions of
 // one unit or, where those are several each, which would meet on the same banks, one of `lanes` units each: of up to eight, or
 // of four where words are loaded, so that the loads of a warp meet few lines. So they do where units are neighbours in memory.
-struct Task {
+struct alignas(8) Task {
     int unit, row;
 
     __device__ __forceinline__ static Task of(int index, int units, int runs, int width, int lanes) {
@@ -58,7 +58,8 @@ struct Side {
     int part, pitch, half;
 
     __device__ __forceinline__ int row_of(const Task& task) const {
-        return task.unit / kOctetUnits * pitch + task.unit % kOctetUnits * half + task.row;
+        const unsigned unit = task.unit;
+        return int(unit / kOctetUnits) * pitch + int(unit % kOctetUnits) * half + task.row;
     }
     __device__ __forceinline__ int row_of(const UnitTask& task) const { return task.row; }
 
@@ -113,9 +114,9 @@ __device__ __forceinline__ void stage_unit(Block<1>& block, Vector<unsigned>* ro
 // Loads the elements of fine that kUnit neighbouring taps meet, the first of them at a position; zeros where there are none.
 template <int kWidth, typename P>
 __device__ __forceinline__ void load_taps(
-    Block<kWidth>& block, const storage_t* x, index_t first, index_t L_fine, bool exists, const P& p) {
+    Block<kWidth>& block, const storage_t* x, index_t first, index_t L_fine, const P& p) {
     const index_t dilation = TAP_WIDTH == 2 ? 1 : p.dilation, stride = TAP_WIDTH == 2 ? 1 : p.fine_stride_l;
-    if (exists && is_inside(first, first + (kUnit - 1) * dilation, L_fine)) {
+    if (is_inside(first, first + (kUnit - 1) * dilation, L_fine)) {
         if (TAP_WIDTH == 2) {
             load_neighbours(block, x + first);
         } else {
@@ -127,6 +128,6 @@ __device__ __forceinline__ void load_taps(
 #pragma unroll
     for (int e = 0; e < kUnit; ++e) {
         const Source source = source_index(first + e * dilation, L_fine);
-        if (exists && source.exists) block.run[e] = RunOf<kWidth>::type::load(x + source.index * stride);
+        if (source.exists) block.run[e] = RunOf<kWidth>::type::load(x + source.index * stride);
     }
 }
