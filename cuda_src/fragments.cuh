@@ -57,16 +57,12 @@ __device__ __forceinline__ void add_large_products(Sums& total, Sums& acc) {
     });
 }
 
-// Exchanges the first 16 rows of a warp's sums with the next 16.
-__device__ __forceinline__ void swap_first_tiles(Sums& acc) {
+// Puts the second 16 rows of a warp's sums in place of the first.
+__device__ __forceinline__ void copy_second_tile(Sums& acc) {
 #pragma unroll
     for (int j = 0; j < kTilesN; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const acc_t first = acc[0][j][e];
-            acc[0][j][e] = acc[kTilesM > 1][j][e];
-            acc[kTilesM > 1][j][e] = first;
-        }
+        for (int e = 0; e < 4; ++e) acc[0][j][e] = acc[kTilesM > 1][j][e];
     }
 }
 

@@ -25,11 +25,11 @@ constexpr int kLaneVectors = kWarpN / kUnit > 8 ? 2 : 1;  // of a row, that one 
 // Rounded up.
 __device__ constexpr int log2_of(int n) { return n < 2 ? 0 : 1 + log2_of((n + 1) / 2); }
 
-// A row of a slice: its bias, where column 0 lies among the slice's elements, and the distance to the next column. The rows
-// of a channel, its phases, are interleaved as they are in the output.
+// A row of a slice: its bias, where column 0 lies among the slice's elements, the distance to the next column, and the taps. The
+// rows of a channel, its phases, are interleaved as they are in the output.
 struct alignas(16) SliceRow {
     acc_t bias;
-    int place, step;
+    int place, step, taps;
 };
 // The whole vectors that the lanes of a row copy from the slice to the output, and the elements in front of and behind them.
 struct alignas(16) Piece {
@@ -112,13 +112,17 @@ __device__ __forceinline__ void sum_marked_again(
         const index_t sample = HAS_SAMPLES ? column / window.block_positions : 0;
         const index_t q = tile.position_begin + (column - sample * window.block_positions);
         if (sample >= window.block_samples || sample >= tile.samples || q >= tile.positions) continue;
-        const Row info = row_of(tile, row_begin + row);
         const acc_t sum = canonical_sum(
-            tile.input + sample * tile.input_stride_n, q * tile.column_step + tile.first, tile.tap_step, info.taps, tile,
+            tile.input + sample * tile.input_stride_n, q * tile.column_step + tile.first, tile.tap_step, at.taps, tile,
             TileWeights(tile, window, row_begin + row));
+        if (!kIsFused) {
+            *value = finish(sum, epilogue.channel(0, at.bias), nullptr);
+            continue;
+        }
         // The compiler must not make two loops of this one, with and without bias.
         Epilogue kept = epilogue;
         kept.bias = keep_in_register(kept.bias);
+        const Row info = row_of(tile, row_begin + row);
         const storage_t* const place = kHasResidual ? place_of(tile, window, info, column) : nullptr;
         *value = finish(sum, kept.channel(info.channel), place);
     }
@@ -338,43 +342,41 @@ __device__ __forceinline__ void store_tile(
     index_t row_begin = tile.row_begin + warp / WARPS_N * kWarpM;
 #pragma unroll 1
     for (int i = 0; i < kTilesM && row_begin < tile.rows; i += kSliceTiles, row_begin += kSliceRows) {
-        if (kIsFused) {
-#pragma unroll 1
-            for (int tiles = 0; tiles < kSliceTiles; ++tiles) {  // in turn, so that one loop body serves all
-                apply_fused(tile, window, epilogue, row_of, row_begin + tiles * 16, column_begin, acc);
-                if (kSliceTiles == 2) swap_first_tiles(acc);
-            }
-        }
         const MyRow mine = my_row(tile, row_of, row_begin, column_begin);
         const acc_t bias = kIsFused ? scalar::zero() : epilogue.bias_of(mine.exists ? mine.info.channel : 0);
-        if (kSliceRows == 32 || lane < kSliceRows) slice->row[lane] = SliceRow{bias, mine.place, mine.count};
+        if (kSliceRows == 32 || lane < kSliceRows) slice->row[lane] = SliceRow{bias, mine.place, mine.count, int(mine.info.taps)};
         __syncwarp();
         bool sum_again = false;
+#pragma unroll 1
+        for (int tiles = 0; tiles < kSliceTiles; ++tiles) {  // in turn, so that one loop body serves both
+            if (kIsFused) apply_fused(tile, window, epilogue, row_of, row_begin + tiles * 16, column_begin, acc);
 #pragma unroll
-        for (int half = 0; half < 2 * kSliceTiles; ++half) {
-            const SliceRow row = slice->row[half * 8 + lane / 4];
-            const int step = PHASES_IN_ROWS ? row.step : 1;
-            storage_t* const to = slice->element + (row.place + lane % 4 * 2 * step);
-            Vector<storage_t, 2> pairs[kTilesN];
-            acc_t check = scalar::zero();
-#pragma unroll
-            for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    pairs[j].element[e] = finish_or_nan(acc[half / 2][j][half % 2 * 2 + e], row.bias, &check);
-                }
-            }
-            sum_again = sum_again || is_nan(check);
-            if (!PHASES_IN_ROWS) {  // else the stride is at least 2: the rows of a single phase are channels
-#pragma unroll
-                for (int j = 0; j < kTilesN; ++j) reinterpret_cast<Vector<storage_t, 2>*>(to)[4 * j] = pairs[j];
-            } else {
+            for (int half = 0; half < 2; ++half) {
+                const SliceRow row = slice->row[tiles * 16 + half * 8 + lane / 4];
+                const int step = PHASES_IN_ROWS ? row.step : 1;
+                storage_t* const to = slice->element + (row.place + lane % 4 * 2 * step);
+                Vector<storage_t, 2> pairs[kTilesN];
+                acc_t check = scalar::zero();
 #pragma unroll
                 for (int j = 0; j < kTilesN; ++j) {
 #pragma unroll
-                    for (int e = 0; e < 2; ++e) to[(j * 8 + e) * step] = pairs[j].element[e];
+                    for (int e = 0; e < 2; ++e) {
+                        pairs[j].element[e] = finish_or_nan(acc[0][j][half * 2 + e], row.bias, &check);
+                    }
+                }
+                sum_again = sum_again || is_nan(check);
+                if (!PHASES_IN_ROWS) {  // else the stride is at least 2: the rows of a single phase are channels
+#pragma unroll
+                    for (int j = 0; j < kTilesN; ++j) reinterpret_cast<Vector<storage_t, 2>*>(to)[4 * j] = pairs[j];
+                } else {
+#pragma unroll
+                    for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+                        for (int e = 0; e < 2; ++e) to[(j * 8 + e) * step] = pairs[j].element[e];
+                    }
                 }
             }
+            if (kSliceTiles == 2) copy_second_tile(acc);
         }
         sum_again = NAN_FALLBACK && any_lane(sum_again);
         __syncwarp();

@@ -54,8 +54,11 @@ struct Block {
     __device__ __forceinline__ void load_up_to(int last, const storage_t* from, index_t channel_stride, int unit = 0) {
 #pragma unroll
         for (int e = 0; e < kUnit; ++e) {
-            const int channel = unit * kUnit + e;
-            run[e] = RunOf<kWidth>::type::load(from + (long long)channel_stride * (channel < last ? channel : last));
+            // In bytes of a stride of one byte, which takes no further instruction.
+            const int channel = (unit * kUnit + e) * int(sizeof(storage_t)), end = last * int(sizeof(storage_t));
+            const char* const row =
+                reinterpret_cast<const char*>(from) + (long long)channel_stride * (channel < end ? channel : end);
+            run[e] = RunOf<kWidth>::type::load(reinterpret_cast<const storage_t*>(row));
         }
     }
     // All channels of one position of 32-bit elements, where they lie side by side from `from` on.
