@@ -117,7 +117,7 @@ def oaconvolve(in1: Any, in2: Any, mode: str = "full", axes: Any = None) -> Any:
         x, h = h, x
     L, K = x.shape[-1], h.shape[-1]
     if 0 in (L, K, *np.broadcast_shapes(x.shape[:-1], h.shape[:-1])):
-        return put_back(convolve_last_axis(x, h, mode, "fft"), place)
+        return put_back(convolve_last_axis(*floating(x, h), mode, "fft"), place)
     return put_back(_cut(_in_blocks(x, h), mode, L, min(L, K), K), place)
 
 

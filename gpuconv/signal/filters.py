@@ -95,7 +95,7 @@ def firfilter(b: Any, x: Any, axis: int = -1, zi: Any = None) -> Any:
             that broadcasts to it; the `zf` of the previous call. None for zeros.
 
     Returns:
-        y, of x's shape; with `zi` the pair (y, zf), where zf is the state after the last sample.
+        y, of x's shape, floating-point; with `zi` the pair (y, zf), where zf is the state after the last sample.
 
     Raises:
         ValueError: a shape does not fit.
@@ -114,6 +114,8 @@ def firfilter(b: Any, x: Any, axis: int = -1, zi: Any = None) -> Any:
     if b.ndim != 1 or b.size == 0:
         raise ValueError(f"firfilter: b must have the shape (K,) with K >= 1, got {tuple(b.shape)}")
     x, place = axis_last("firfilter", x, axis)
+    if result_type(x, b).kind in "iub":  # sums in their own dtype would wrap around
+        x = x.astype(np.float64)
     L, K = x.shape[-1], b.shape[0]
     if zi is None:
         return put_back(convolve_last_axis(x, b, "full", "direct")[..., :L], place)

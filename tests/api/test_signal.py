@@ -255,6 +255,23 @@ def test_integers_and_unsigned_integers_give_the_dtype_that_scipy_gives() -> Non
     assert signal.upfirdn(h, x).dtype == scipy.signal.upfirdn(h, x).dtype == np.float32
 
 
+@pytest.mark.parametrize("dtype", [*INTEGERS, "bool"])
+def test_filters_of_integers_do_not_wrap_around(dtype: str) -> None:
+    """SciPy takes them only where their common dtype is float64, as that of uint64 and int64 is."""
+    x = np.full(9, True if dtype == "bool" else np.iinfo(dtype).max, dtype)
+    wide = x.astype(float)
+    assert_close(signal.firfilter(x[:3], x), scipy.signal.lfilter(wide[:3], 1, wide))
+    y, state = signal.firfilter(x[:3], x, zi=x[:2])
+    for found, theirs in zip((y, state), scipy.signal.lfilter(wide[:3], 1, wide, zi=wide[:2]), strict=True):
+        assert_close(found, theirs)
+
+
+def test_oaconvolve_of_integers_is_floating_point_without_elements_too() -> None:
+    x = np.ones(5, np.int16)
+    for length in (5, 0):
+        assert signal.oaconvolve(x[:length], x).dtype == np.float64
+
+
 @pytest.mark.parametrize(
     ("call", "kind", "says"),
     [
