@@ -183,8 +183,9 @@ class Sums:
         """Which elements of `output` are correct: within `error_bound`, NaN and infinities where the exact result is.
 
         An infinity is also correct where the exact value lies within the bound of the overflow threshold, or where the
-        terms of that sign alone overflow the accumulator; a NaN is where the terms of both signs do. Where finite data
-        overflow float64 itself there is no reference, and every value is accepted.
+        terms of that sign alone overflow the accumulator; a NaN is where the terms of both signs do. Where one part of
+        complex data may overflow, either may be infinite or NaN. Where finite data overflow float64 itself there is no
+        reference, and every value is accepted.
 
         Returns:
             The shape of the result, bool.
@@ -206,8 +207,7 @@ class Sums:
         if self.activation is not None:
             right = self._activated_within(y, before, exact, bounds)
         elif self._is_complex:
-            right = self._part_within(y.real, exact.real, bounds)
-            right &= self._part_within(y.imag, exact.imag, bounds)
+            right = self._parts_within(y, exact, bounds)
         else:
             right = self._part_within(y, exact, bounds)
         arrays = (self.left, self.right, self.addend)
@@ -302,6 +302,15 @@ class Sums:
             overflow |= np.isnan(y) & rises & falls
         unknown = ~(np.isfinite(exact) & np.isfinite(bound))
         return np.asarray(unknown | close | overflow)
+
+    def _parts_within(self, y: Array, exact: Array, bounds: _Bounds) -> npt.NDArray[np.bool_]:
+        """Which elements of a complex result are correct, on finite data."""
+        parts = (y.real, exact.real), (y.imag, exact.imag)
+        with np.errstate(invalid="ignore", over="ignore"):
+            overflows = np.logical_or.reduce([mask for _, part in parts for mask in self._overflows(part, bounds)])
+        # The next complex product makes an infinity in one part a NaN in the other, as zero times infinity.
+        right = [self._part_within(*part, bounds) | (overflows & ~np.isfinite(part[0])) for part in parts]
+        return np.asarray(right[0] & right[1])
 
     def _special_within(self, y: Array, exact: Array, magnitude: Array) -> npt.NDArray[np.bool_]:
         """Which elements with a NaN or an infinity in a term are correct."""

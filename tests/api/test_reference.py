@@ -15,6 +15,7 @@ import pytest
 import scipy.signal
 from hypothesis import given, settings
 
+import gpuconv
 from gpuconv import reference
 from gpuconv.problem import DTYPES, ConvProblem, Op, numpy_dtype
 from tests.strategies import Call, calls, random_array
@@ -462,6 +463,29 @@ def test_planted_error_in_the_imaginary_part_alone(op: Op) -> None:
     fine = right(p, y, x, w, b)
     assert not fine[0, 2].any()
     assert np.count_nonzero(~fine) == p.L_out
+
+
+def test_overflow_in_one_part_of_complex_data_excuses_the_other() -> None:
+    """As in BLAS, whose product by one makes the other part of an infinity NaN. Finite parts must be right."""
+    x, w = np.array([[[1e20 + 1e19j, 1 + 2j]]], np.complex64), np.array([[[1e18 + 9e18j]]], np.complex64)
+    p = problem_of("conv1d", x, w)
+    fine = np.array([[[complex(1e37, np.inf), -1.7e19 + 1.1e19j]]], np.complex64)
+    assert right(p, fine, x, w).all()
+    for first in (complex(np.nan, np.inf), complex(np.nan, np.nan), complex(1e37, np.nan)):
+        assert right(p, np.where(np.isinf(fine), np.complex64(first), fine), x, w).all()
+    for second in (complex(np.nan, 1.1e19), complex(-1.7e19, np.inf)):
+        assert right(p, np.where(np.isinf(fine), fine, np.complex64(second)), x, w).tolist() == [[[True, False]]]
+    for first in (complex(2e37, np.inf), complex(np.nan, 1e37)):
+        assert right(p, np.where(np.isinf(fine), np.complex64(first), fine), x, w).tolist() == [[[False, True]]]
+
+
+def test_overflow_of_complex_data_on_the_cpu_is_within_the_bound() -> None:
+    rng = np.random.default_rng(5)
+    x, w = (random_array(rng, shape, "complex64") for shape in ((3, 2, 200), (2, 3, 4)))
+    w *= np.float32(2.0**125)
+    y = gpuconv.conv_transpose1d(x, w, stride=30)
+    assert np.isnan(y.real[np.isinf(y.imag)]).any()
+    assert right(problem_of("conv_transpose1d", x, w, stride=30), y, x, w).all()
 
 
 def round_to_bits(values: Array, bits: int) -> Array:
