@@ -172,8 +172,24 @@ def _define(
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, differentiable, "Autograd", with_keyset=True)
     torch.library.register_fake(operator, fake, lib=_LIBRARY)
-    torch.library.register_vmap(operator, batch, lib=_LIBRARY)
+    torch.library.register_vmap(operator, _batch_rule(operator, batch), lib=_LIBRARY)
     return call
+
+
+def _batch_rule(operator: Any, batch: Callable[..., tuple[Tensor, int]]) -> Callable[..., tuple[Tensor, int]]:
+    """The rule with which an operator is registered: `batch`, which turns at least one call into one."""
+
+    def rule(info: Any, dims: tuple[Any, ...], *given: Any) -> tuple[Tensor, int]:
+        if info.batch_size:
+            return batch(info, dims, *given)
+        # No result of a single call, whose batched arguments are empty sums.
+        single = [
+            value.sum(dim, dtype=value.dtype) if isinstance(value, torch.Tensor) and dim is not None else value
+            for value, dim in zip(given, dims, strict=True)
+        ]
+        return operator(*single)[None][:0], 0
+
+    return rule
 
 
 def _keywords(op: Op, settings: Sequence[Any]) -> dict[str, Any]:
@@ -563,7 +579,7 @@ def _register_fused(op: Op) -> Callable[..., Tensor]:
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, refuse_derivatives, "Autograd", with_keyset=True)
     torch.library.register_fake(operator, fake, lib=_LIBRARY)
-    torch.library.register_vmap(operator, batch, lib=_LIBRARY)
+    torch.library.register_vmap(operator, _batch_rule(operator, batch), lib=_LIBRARY)
     register_flop_formula(getattr(torch.ops.gpuconv, name))(partial(_forward_flops, op))
     return call
 

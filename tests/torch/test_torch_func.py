@@ -298,3 +298,27 @@ def test_plain_tensors_need_no_dispatcher(requires_grad: bool, monkeypatch: pyte
         assert bridge.conv1d(x, w).grad_fn is None
     bridge.conv1d(x.to(torch.complex64), w.to(torch.complex64).conj())
     assert not seen.pop()
+
+
+def test_vmap_of_no_calls() -> None:
+    """The result has the axis of calls, without elements, and derivatives with respect to what the calls share."""
+    x, w, b = torch.randn(0, 2, 4, 9), torch.randn(6, 2, 3, requires_grad=True), torch.randn(6, 0)
+    y = vmap(lambda x, b: bridge.conv1d(x, w, b, groups=2), in_dims=(0, 1))(x, b)
+    assert y.shape == (0, 2, 6, 7)
+    assert torch.equal(torch.autograd.grad(y.sum(), w)[0], torch.zeros_like(w))
+    assert vmap(lambda w: bridge.conv1d(torch.ones(4, 9), w, groups=2))(w.detach().expand(0, 6, 2, 3)).shape == (
+        0,
+        6,
+        7,
+    )
+    assert vmap(vmap(lambda x: bridge.conv1d(x, w)))(torch.randn(3, 0, 1, 2, 9)).shape == (3, 0, 1, 6, 7)
+    fused = vmap(lambda x: bridge.conv1d(x, w.detach(), groups=2, activation="relu"))(x)
+    assert fused.shape == (0, 2, 6, 7)
+    integers = torch.zeros(0, 4, 9, dtype=torch.int8)
+    assert vmap(lambda x: bridge.conv_transpose1d(x, integers.new_ones(4, 1, 2)))(integers).dtype == torch.int64
+
+    def loss(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return bridge.conv1d(x, w, groups=2).sum()
+
+    gradients = vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, None))(x, w.detach())
+    assert [g.shape for g in gradients] == [(0, 2, 4, 9), (0, 6, 2, 3)]
