@@ -323,7 +323,10 @@ class Sums:
         # Where finite terms overflow, or an infinity is multiplied by a flushed operand, NaN is correct, too.
         infinite_left, infinite_right = (np.isinf(self._as_wide(a)).astype(np.float64) for a in (self.left, self.right))
         meets = self.evaluate(infinite_left, self._subnormal_parts(self.right), None)
-        meets = meets + self.evaluate(self._subnormal_parts(self.left), infinite_right, None)
+        lost = self._subnormal_parts(self.left)
+        if self.left_error is not None:  # rounded to the dtype, an activated input may be zero
+            lost = lost + np.where(np.abs(self.left) <= self.left_error, np.abs(self.left), 0.0)
+        meets = meets + self.evaluate(lost, infinite_right, None)
         excused = (magnitude > self._formats[1].largest) | (meets > 0)
         right = same | (excused & ~np.isfinite(y))
         if self.activation is not None:

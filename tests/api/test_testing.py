@@ -180,3 +180,17 @@ def test_the_plugin_loads_little_until_its_fixture_is_used(tmp_path: Path) -> No
     assert "1 failed, 2 passed" in done.stdout, done.stdout
     assert re.search("^E +AssertionError: conv1d N1 ", done.stdout, re.MULTILINE)
     assert "testing.py" not in done.stdout.partition("AssertionError")[0]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_an_activated_input_that_rounds_to_zero_meets_an_infinity(dtype: str) -> None:
+    """silu(-21) is -2e-8, which float16 rounds to zero, and silu(-200) is too small for float32."""
+    x = np.full((1, 1, 1), -21 if dtype == "float16" else -200, dtype)
+    w = np.full((1, 1, 1), np.inf, dtype)
+    for activation in (None, "elu"):
+        settings: dict[str, Any] = {"input_activation": "silu", "activation": activation}
+        y = gpuconv.conv1d(x, w, **settings)
+        assert np.isnan(y).all()
+        gpuconv.testing.assert_within_bound(y, gpuconv.conv1d, x, w, **settings)
+        with pytest.raises(AssertionError):
+            gpuconv.testing.assert_within_bound(np.zeros_like(y), gpuconv.conv1d, x, w, **settings)
