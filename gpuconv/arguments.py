@@ -14,6 +14,7 @@ import numpy as np
 
 from .dtypes import DTYPES, FORMATS, INTEGER_SUMS, INTEGERS, PRECISIONS, dtype_name
 from .edge import PADDING_MODES
+from .text import shown
 
 Op: TypeAlias = Literal["conv1d", "conv_transpose1d"]
 Setting: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
@@ -180,16 +181,21 @@ def check_out_dtype(op: str, dtype: str, out_dtype: Any, bias: ArrayLike | None)
     if dtype not in INTEGERS:
         if out_dtype is None:
             return None
-        raise ValueError(f"{op}: out_dtype is for integers; expected None for {dtype}, got {out_dtype!r}")
+        raise ValueError(f"{op}: out_dtype is for integers; expected None for {dtype}, got {shown(out_dtype)}")
     try:
         name = INTEGER_SUMS[0] if out_dtype is None else np.dtype(out_dtype).name
-    except TypeError:
+    except (TypeError, ValueError):
         name = ""
     if name not in INTEGER_SUMS:
-        raise ValueError(f"{op}: out_dtype must be one of {_listing(INTEGER_SUMS)} for {dtype}, got {out_dtype!r}")
+        raise ValueError(f"{op}: out_dtype must be one of {_listing(INTEGER_SUMS)} for {dtype}, got {shown(out_dtype)}")
     if bias is not None and check_dtype(op, "bias", bias, integers=True) != name:
         raise TypeError(f"{op}: bias must have the dtype of the output, {name}, got {bias.dtype}")
     return name
+
+
+def is_one_of(value: object, words: Sequence[str]) -> bool:
+    """Whether an argument is one of some words; arrays, which compare by element, are not."""
+    return isinstance(value, str) and value in words
 
 
 def check_rank(caller: str, name: str, shape: Sequence[Any], layout: str, ranks: tuple[int, ...]) -> None:
@@ -200,7 +206,7 @@ def check_rank(caller: str, name: str, shape: Sequence[Any], layout: str, ranks:
         }
         raise ValueError(
             f"{caller}: {name} must have shape {layout}, got {len(shape)} dimension"
-            f"{'' if len(shape) == 1 else 's'}: {tuple(shape)}{hints.get(name, '') if len(shape) == 1 else ''}"
+            f"{'' if len(shape) == 1 else 's'}: {shown(tuple(shape))}{hints.get(name, '') if len(shape) == 1 else ''}"
         )
 
 
@@ -236,7 +242,7 @@ def check_shape(caller: str, op: Op, name: str, shape: Sequence[SupportsIndex]) 
     """
     layout = _LAYOUTS[op][name.removesuffix("_size")]
     if not isinstance(shape, list | tuple):
-        raise TypeError(f"{caller}: {name} must be the extents {layout}, got {type(shape).__name__} {shape!r}")
+        raise TypeError(f"{caller}: {name} must be the extents {layout}, got {type(shape).__name__} {shown(shape)}")
     check_rank(caller, name, shape, layout, (2, 3) if name == "input_size" else (3,))
     return tuple(check_int(caller, name, extent, f"the extents {layout}", 0) for extent in shape)
 
@@ -277,11 +283,11 @@ def check_padding_mode(caller: str, op: Op, padding_mode: str) -> str:
     Raises:
         ValueError: it is not one of `PADDING_MODES`, or not "zeros" for a transposed convolution.
     """
-    if padding_mode not in PADDING_MODES:
-        raise ValueError(f"{caller}: padding_mode must be one of {_listing(PADDING_MODES)}, got {padding_mode!r}")
+    if not is_one_of(padding_mode, PADDING_MODES):
+        raise ValueError(f"{caller}: padding_mode must be one of {_listing(PADDING_MODES)}, got {shown(padding_mode)}")
     if op == "conv_transpose1d" and padding_mode != "zeros":
         raise ValueError(
-            f'{caller}: padding_mode must be "zeros", got {padding_mode!r}; the adjoint of conv1d with '
+            f'{caller}: padding_mode must be "zeros", got {shown(padding_mode)}; the adjoint of conv1d with '
             f'this mode is gpuconv.grad.conv1d_input(..., padding_mode="{padding_mode}")'
         )
     return padding_mode
@@ -311,8 +317,8 @@ def check_precision(op: str, precision: str, dtype: str) -> str:
     Raises:
         ValueError: it is not one of `PRECISIONS`, or it is "tf32" and the data are not float32.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"{op}: precision must be one of {_listing(PRECISIONS)}, got {precision!r}")
+    if not is_one_of(precision, PRECISIONS):
+        raise ValueError(f"{op}: precision must be one of {_listing(PRECISIONS)}, got {shown(precision)}")
     if precision == "tf32" and dtype != "float32":
         raise ValueError(f'{op}: precision "tf32" rounds float32 data; expected "float32" for {dtype}, got "tf32"')
     return precision
@@ -332,7 +338,7 @@ def check_int(
     try:
         result = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"{caller}: {name} must be {expected}, got {type(value).__name__} {value!r}") from None
+        raise TypeError(f"{caller}: {name} must be {expected}, got {type(value).__name__} {shown(value)}") from None
     if result.bit_length() > 1024:  # Python refuses to convert an int of thousands of digits to text
         raise ValueError(f"{caller}: {name} must fit in 64 bits, got an int of {result.bit_length()} bits")
     if at_least is not None and result < at_least:
@@ -354,7 +360,7 @@ def check_setting(
     expected = "an int or a sequence of one int"
     if isinstance(value, list | tuple):
         if len(value) != 1:
-            raise ValueError(f"{caller}: {name} must be {expected}, got {len(value)} values: {value!r}")
+            raise ValueError(f"{caller}: {name} must be {expected}, got {len(value)} values: {shown(value)}")
         value = value[0]
     return check_int(caller, name, value, expected, at_least, at_most)
 
@@ -366,14 +372,14 @@ def _padding(caller: str, value: Padding, words: tuple[str, ...]) -> tuple[int, 
         if value not in words:
             full = "dilation*(K - 1) on both sides" if "causal" in words else "padding 0 of the transposed convolution"
             hint = f'; SciPy\'s mode "full" is {full}' if value == "full" else ""
-            raise ValueError(f"{caller}: padding must be {expected}, got {value!r}{hint}")
+            raise ValueError(f"{caller}: padding must be {expected}, got {shown(value)}{hint}")
         return (0, 0) if value == "valid" else cast(Literal["same", "causal"], str(value))
     values: Sequence[object] = value if isinstance(value, list | tuple) else (value,)
     if len(values) not in (1, 2):
-        raise ValueError(f"{caller}: padding must be {expected}, got {len(values)} values: {value!r}")
+        raise ValueError(f"{caller}: padding must be {expected}, got {len(values)} values: {shown(value)}")
     sides = [check_int(caller, "padding", v, expected) for v in values]
     if min(sides) < 0:
-        raise ValueError(f"{caller}: padding must be at least 0, got {value!r}")
+        raise ValueError(f"{caller}: padding must be at least 0, got {shown(value)}")
     return sides[0], sides[-1]
 
 

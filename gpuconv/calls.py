@@ -21,6 +21,7 @@ from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem, dt
 from .real_taps import are_real_taps, check_real_taps
 from .sample_runs import run_by_runs, runs_one_by_one, samples_of, table_of, views_of, with_lengths
 from .tasks import OPTIONAL, SIGNATURES, Task
+from .text import shown
 
 if TYPE_CHECKING:
     from . import fft
@@ -372,13 +373,13 @@ def run_weight_gradient(
     dtype = check_dtype(function, "input", arrays[0])
     try:
         found = dtype_name(np.dtype(weight_dtype))
-    except TypeError:
+    except (TypeError, ValueError):
         found = None
     if found == dtype:
         return run(function, arrays, settings, out, algorithm=algorithm, lengths=lengths)
     if found != real_dtype(dtype):
         allowed = " or ".join(dict.fromkeys((dtype, real_dtype(dtype))))
-        raise TypeError(f"{function}: weight_dtype must be {allowed} for {dtype} data, got {weight_dtype!r}")
+        raise TypeError(f"{function}: weight_dtype must be {allowed} for {dtype} data, got {shown(weight_dtype)}")
     if (other := check_dtype(function, "grad_output", arrays[1])) != dtype:
         raise TypeError(
             f"{function}: input and grad_output must share one dtype, got input {dtype}, grad_output {other}; "

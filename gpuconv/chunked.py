@@ -20,11 +20,12 @@ from typing import Any, Protocol, SupportsIndex, TypeAlias, TypeVar
 import numpy as np
 
 from . import __version__, functional, memory, runtime
-from .arguments import Op, Padding, Setting, check_int
+from .arguments import Op, Padding, Setting, check_int, is_one_of
 from .fusion import FUSED_ARRAYS, ActivationLike, Fused
 from .journal import Journal
 from .pieces import Lengths, Piece, Pieces, compute, problem_of
 from .problem import ConvProblem
+from .text import shown
 
 __all__ = ["Source", "Target", "conv1d", "conv_transpose1d"]
 
@@ -344,8 +345,8 @@ def _convolve(
             raise TypeError(f"{op}: {name} must have a shape, a dtype and slices, got {type(storage).__name__}")
     if journal is not None and not isinstance(journal, str | os.PathLike):
         raise TypeError(f"{op}: journal must be a path or None, got {type(journal).__name__}")
-    if device not in DEVICES:
-        raise ValueError(f"{op}: device must be one of {', '.join(DEVICES)}, got {device!r}")
+    if not is_one_of(device, DEVICES):
+        raise ValueError(f"{op}: device must be one of {', '.join(DEVICES)}, got {shown(device)}")
     if algorithm is not None:
         from . import dispatch
 

@@ -26,6 +26,7 @@ from .families import (
 from .families.base import contiguous_strides
 from .fusion import RESIDUAL
 from .problem import FORMATS, ConvProblem, Kind, Problem
+from .text import shown
 
 # Algorithms that are not kernel families: gpuconv.fft computes through the FFT, or for "auto" whichever costs less.
 BY_FFT = ("fft", "auto")
@@ -130,9 +131,9 @@ def check_algorithm(caller: str, kind: Kind, algorithm: str | None) -> None:
     """
     expected = f"None or one of {', '.join(algorithms(kind))}"
     if algorithm is not None and not isinstance(algorithm, str):
-        raise TypeError(f"{caller}: algorithm must be {expected}, got {type(algorithm).__name__} {algorithm!r}")
+        raise TypeError(f"{caller}: algorithm must be {expected}, got {type(algorithm).__name__} {shown(algorithm)}")
     if algorithm is not None and algorithm not in algorithms(kind):
-        raise AlgorithmError(f"{caller}: algorithm must be {expected}, got {algorithm!r}")
+        raise AlgorithmError(f"{caller}: algorithm must be {expected}, got {shown(algorithm)}")
 
 
 def of_sums_over_lengths(caller: str, algorithm: str | None) -> str | None:

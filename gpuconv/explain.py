@@ -9,18 +9,19 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from . import cpu, dispatch, fft, runtime
-from .arguments import check_int, check_padding_mode
+from .arguments import check_int, check_padding_mode, is_one_of
 from .device import ARCHITECTURES, Device
 from .dtypes import real_dtype
 from .explanation import ArgumentLayout, Call, Direction, Explanation
 from .families.base import contiguous_strides
 from .fusion import FUSED_ARRAYS, Fused
-from .interchange import view
+from .interchange import is_known, view
 from .lengths import Samples, follows_length
 from .memory import address, check_kinds
 from .problem import ArrayLike, ArraySpec, BiasGradientProblem, ConvProblem, Op, WeightGradientProblem
 from .real_taps import are_real_taps, check_real_taps
 from .tasks import OPTIONAL, SIGNATURES
+from .text import shown
 
 __all__ = ["Explanation", "explain"]
 
@@ -81,9 +82,9 @@ def explain(
         1500
     """
     if not isinstance(op, str) or op not in SETTINGS:
-        raise ValueError(f'explain: op must be one of "conv1d" and "conv_transpose1d", got {op!r}')
-    if direction not in DIRECTIONS:
-        raise ValueError(f"explain: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
+        raise ValueError(f'explain: op must be one of "conv1d" and "conv_transpose1d", got {shown(op)}')
+    if not is_one_of(direction, DIRECTIONS):
+        raise ValueError(f"explain: direction must be one of {', '.join(DIRECTIONS)}, got {shown(direction)}")
     if unknown := settings.keys() - set(SETTINGS[op]):
         raise TypeError(f"explain: {op} has the settings {', '.join(SETTINGS[op])}, got {', '.join(sorted(unknown))}")
     fused = Fused.take(op, settings)
@@ -98,6 +99,8 @@ def explain(
             raise TypeError(f"explain: {name} must be an array or an ArraySpec, got {type(array).__name__}{hint}")
         else:
             given[name] = view(op, name, array)
+            if array is not None and not is_known(given[name]):
+                raise TypeError(f"explain: {name} must be an array or an ArraySpec, got {type(array).__name__}")
     data, weight = given["input"], given["weight"]
     target = _device_of(op, given) if device is None else _parse_device(device)
     layouts = tuple((name, found) for name, array in given.items() if (found := _layout_of(array)) is not None)
@@ -220,8 +223,8 @@ def _parse_device(device: Device | str) -> Device | None:
         raise TypeError(f'explain: device must be None, "cpu", "sm_90", ... or a Device, got {type(device).__name__}')
     if device != "cpu" and device not in ARCHITECTURES:
         raise ValueError(
-            f'explain: device must be "cpu", one of {", ".join(ARCHITECTURES)}, or a Device, got {device!r}; without '
-            "device the arrays tell it"
+            f'explain: device must be "cpu", one of {", ".join(ARCHITECTURES)}, or a Device, got {shown(device)}; '
+            "without device the arrays tell it"
         )
     return None if device == "cpu" else Device.from_arch(device)
 

@@ -7,7 +7,7 @@ from typing import Any, SupportsIndex, TypeVar
 import numpy as np
 
 from . import calls, runtime
-from .arguments import check_padding_mode
+from .arguments import check_padding_mode, is_one_of
 from .fusion import ActivationLike, Fused
 from .memory import take
 from .problem import Op, Padding, Setting
@@ -178,7 +178,7 @@ def conv_transpose1d(
         >>> gpuconv.conv_transpose1d(x, np.array([[[1.0, 1.0, 1.0]]]), stride=2)
         array([[[1., 1., 3., 2., 2.]]])
     """
-    if padding_mode != "zeros":
+    if not is_one_of(padding_mode, ("zeros",)):
         check_padding_mode("conv_transpose1d", "conv_transpose1d", padding_mode)
     settings = (stride, padding, output_padding, groups, dilation, output_size, precision, out_dtype)
     fused = None

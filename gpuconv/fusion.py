@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from .arguments import ArrayLike, check_dtype
 from .dtypes import FORMATS, INTEGERS
+from .text import shown
 
 # An activation as an argument: a name, or a name with its parameters, which for snake are arrays.
 ActivationLike: TypeAlias = str | Sequence[Any]
@@ -192,11 +193,11 @@ def _parse(
     if not parts or not isinstance(parts[0], str):
         raise TypeError(
             f"{caller}: {argument} must be None, a name or a tuple that begins with one, "
-            f"got {type(value).__name__}{'' if hasattr(value, 'shape') else f' {value!r}'}"
+            f"got {type(value).__name__}{'' if hasattr(value, 'shape') else f' {shown(value)}'}"
         )
     name, *parameters = parts
     if name not in ACTIVATIONS:
-        raise ValueError(f"{caller}: {argument} must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+        raise ValueError(f"{caller}: {argument} must be one of {', '.join(ACTIVATIONS)}, got {shown(name)}")
     words, least, most, read = _PARAMETERS.get(name, ("no parameter", 0, 0, None))
     if not least <= len(parameters) <= most:
         raise ValueError(f"{caller}: {argument} {name} takes {words}, got {len(parameters)} parameters")
@@ -206,7 +207,7 @@ def _parse(
         return _PLAIN[name], nothing
     for array in parameters:
         if not (hasattr(array, "shape") and hasattr(array, "dtype")):
-            got = f"{type(array).__name__} {array!r}"
+            got = f"{type(array).__name__} {shown(array)}"
             raise TypeError(f"{caller}: {argument} snake takes arrays with one value a channel, got {got}")
     beta = parameters[1] if len(parameters) == 2 else None
     return Activation("snake", arrays=len(parameters)), (parameters[0], beta)
@@ -220,7 +221,7 @@ def _number(name: str) -> Callable[[str, str, Any], Activation]:
         try:
             number = float(value)
         except (TypeError, ValueError):
-            raise TypeError(f"{words}, got {type(value).__name__} {value!r}") from None
+            raise TypeError(f"{words}, got {type(value).__name__} {shown(value)}") from None
         except OverflowError:
             raise ValueError(f"{words}, got an int of {int(value).bit_length()} bits") from None
         if not math.isfinite(number):
@@ -232,7 +233,7 @@ def _number(name: str) -> Callable[[str, str, Any], Activation]:
 
 def _gelu(caller: str, argument: str, value: Any) -> Activation:
     if not isinstance(value, str) or value not in ("none", "tanh"):
-        raise ValueError(f'{caller}: {argument} gelu takes "none" or "tanh", got {value!r}')
+        raise ValueError(f'{caller}: {argument} gelu takes "none" or "tanh", got {shown(value)}')
     return _PLAIN["gelu"] if value == "none" else Activation("gelu_tanh")
 
 

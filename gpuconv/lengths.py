@@ -18,6 +18,7 @@ from . import runtime
 from .arguments import Op, Padding, Setting, Settings, check_int, check_padding_limits, check_setting
 from .extents import output_length, resolve_padding
 from .problem import ConvProblem
+from .text import shown
 
 Integers: TypeAlias = npt.NDArray[np.int64]
 
@@ -205,6 +206,10 @@ def output_lengths(
     op: Op = "conv_transpose1d" if transposed else "conv1d"
     K = check_setting(caller, "kernel_size", kernel_size, 1)
     settings = Settings.check(caller, op, stride, padding, dilation, 1, output_padding)
+    sides = settings.padding if isinstance(settings.padding, tuple) else ()
+    reach = settings.dilation * (K - 1) + 1 + sum(sides)
+    if reach > 2**61:  # beside lengths of up to 2**62, this fits 64 bits
+        raise ValueError(f"{caller}: dilation*(kernel_size - 1) + 1 + padding must be at most 2**61, got {reach}")
     if runtime.is_cupy_array(lengths):
         if lengths.dtype.kind not in "iu" or lengths.ndim != 1:
             raise TypeError(f"{caller}: lengths must be (N,) integers, got {lengths.dtype} of shape {lengths.shape}")
@@ -236,7 +241,7 @@ def _length_of(
     if L_out < 1:
         raise ValueError(
             f"{caller}: the output length must be at least 1, got {L_out} for length = {L_in}, kernel_size = {K}, "
-            f"stride = {settings.stride}, padding = {padding!r} and dilation = {settings.dilation}"
+            f"stride = {settings.stride}, padding = {shown(padding)} and dilation = {settings.dilation}"
         )
     return L_out
 

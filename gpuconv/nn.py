@@ -32,6 +32,7 @@ from .parameters import (
     supported_dtype,
 )
 from .problem import Op, Padding, Setting, Settings, numpy_dtype
+from .text import shown
 
 __all__ = ["Conv1d", "ConvTranspose1d", "IncompatibleKeys"]
 
@@ -96,7 +97,7 @@ class _Layer:
         settings = Settings.check(caller, self.op, stride, padding, dilation, groups, output_padding)
         check_groups(caller, settings.groups, C_in, C_out)
         if not isinstance(bias, bool | np.bool_):
-            raise TypeError(f"{caller}: bias must be True or False, got {type(bias).__name__} {bias!r}")
+            raise TypeError(f"{caller}: bias must be True or False, got {type(bias).__name__} {shown(bias)}")
         check_padding_mode(caller, self.op, padding_mode)
         dispatch.check_algorithm(caller, self.op, algorithm)
         fused = Fused.check(caller, activation, input_activation)
@@ -218,7 +219,7 @@ class _Layer:
         if not isinstance(state, Mapping):
             raise TypeError(f"{caller}: state must be a mapping of arrays or a path, got {type(state).__name__}")
         if not isinstance(prefix, str):
-            raise TypeError(f"{caller}: prefix must be a str, got {type(prefix).__name__} {prefix!r}")
+            raise TypeError(f"{caller}: prefix must be a str, got {type(prefix).__name__} {shown(prefix)}")
         own, found = self.state_dict(), checkpoint.select(state, prefix)
         pair = next((pair for pair in checkpoint.NORMALISED if "weight" not in found and set(pair) <= found.keys()), ())
         missing = [key for key in own if key not in found and not (pair and key == "weight")]

@@ -12,7 +12,7 @@ from . import checkpoint, runtime
 from .arguments import check_int
 from .checkpoint import EntryError
 from .problem import DTYPES, dtype_name
-from .text import install_hint
+from .text import install_hint, shown
 
 _DRAWN_AT_ONCE = 1 << 15  # initial values that are drawn at a time, in float64
 
@@ -26,7 +26,7 @@ def supported_dtype(caller: str, dtype: Any) -> str:
     except (TypeError, ValueError):
         name = None
     if name is None:
-        raise TypeError(f"{caller}: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise TypeError(f"{caller}: dtype must be one of {', '.join(DTYPES)}, got {shown(dtype)}")
     return name
 
 
@@ -43,7 +43,7 @@ def gpu_index(caller: str, device: str | None) -> int | None:
         return None
     expected = '"cpu", "cuda" or "cuda:" and an index'
     if not isinstance(device, str):
-        raise TypeError(f"{caller}: device must be {expected}, got {type(device).__name__} {device!r}")
+        raise TypeError(f"{caller}: device must be {expected}, got {type(device).__name__} {shown(device)}")
     match = re.fullmatch(r"cuda(?::([0-9]+))?", device)
     if match is None:
         hint = '; CuPy\'s current GPU is "cuda"' if device.lower().startswith("gpu") else ""

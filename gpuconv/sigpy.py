@@ -21,9 +21,10 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from . import grad, runtime
-from .arguments import check_int
+from .arguments import check_int, is_one_of
 from .functional import conv1d, conv_transpose1d
 from .signal.arrays import computable, take
+from .text import shown
 
 __all__ = ["convolve", "convolve_data_adjoint", "convolve_filter_adjoint"]
 
@@ -187,17 +188,18 @@ class _Problem:
         c_o, c_i = taps[:2] if multi_channel else (1, 1)
         if multi_channel and outer[lead] != c_i:
             raise ValueError(f"{caller}: Data channel mismatch, got {outer[lead]} from data and {c_i} from filt.")
-        if strides is not None and len(strides) != D:
+        given_steps = (1,) * D if strides is None else _ints(caller, "strides", strides)
+        if len(given_steps) != D:
             raise ValueError(f"{caller}: Strides must have length {D}.")
         absent = (1,) * (3 - D)
         m, n = (*absent, *outer[-D:]), (*absent, *taps[-D:])
-        steps = (*absent, *((1,) * D if strides is None else _ints(caller, "strides", strides)))
+        steps = (*absent, *given_steps)
         if min(*m, *n, *steps) < 1:
             raise ValueError(
                 f"{caller}: extents and strides must be 1 or more, got data {outer}, filter {taps}, strides {strides}"
             )
-        if mode not in ("full", "valid"):
-            raise ValueError(f"{caller}: Invalid mode, got {mode}")
+        if not is_one_of(mode, ("full", "valid")):
+            raise ValueError(f"{caller}: Invalid mode, got {mode if isinstance(mode, str) else shown(mode)}")
         axes = tuple(zip(m, n, steps, strict=True))
         if mode == "valid" and any(a > b for a, b, _ in axes) and any(a < b for a, b, _ in axes):
             raise ValueError(
@@ -299,6 +301,8 @@ def _add(sums: Any, part: Any) -> Any:
 
 
 def _ints(caller: str, name: str, values: Shape) -> tuple[int, ...]:
+    if not isinstance(values, Sequence) and getattr(values, "ndim", 0) != 1:
+        raise TypeError(f"{caller}: {name} must be a sequence of ints, got {type(values).__name__} {shown(values)}")
     return tuple(check_int(caller, f"each of {name}", value, "an int") for value in values)
 
 

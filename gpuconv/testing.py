@@ -19,6 +19,7 @@ from .problem import ConvProblem, Op, WeightGradientProblem, bias_gradient_probl
 from .real_taps import are_real_taps, check_real_taps
 from .reference import Comparison, Sums
 from .tasks import OPTIONAL, SIGNATURES
+from .text import shown
 
 __all__ = ["assert_within_bound"]
 
@@ -66,7 +67,7 @@ def assert_within_bound(actual: Any, op: str | Callable[..., Any], *arrays: Any,
     name = op if isinstance(op, str) else str(getattr(op, "__name__", ""))
     if name not in SIGNATURES:
         raise ValueError(
-            f"assert_within_bound: op must be one of {', '.join(SIGNATURES)}, or that function, got {op!r}"
+            f"assert_within_bound: op must be one of {', '.join(SIGNATURES)}, or that function, got {shown(op)}"
         )
     function: Callable[..., Any] = getattr(functional if hasattr(functional, name) else grad, name)
     try:
@@ -180,7 +181,7 @@ def _of_weight_gradient(op: Op, name: str, given: dict[str, Any], by_fft: bool) 
     x, grad_output, dtype = given["input"], given["grad_output"], given["weight_dtype"]
     if dtype is not None and dtype_name(np.dtype(dtype)) != dtype_name(x.dtype):
         if x.dtype.kind != "c" or dtype_name(np.dtype(dtype)) != real_dtype(x.dtype.name):
-            raise TypeError(f"{name}: weight_dtype must be that of {x.dtype} data or of its parts, got {dtype!r}")
+            raise TypeError(f"{name}: weight_dtype must be that of {x.dtype} data or of its parts, got {shown(dtype)}")
         # The gradient of real taps sums over both parts, as over samples of a batch.
         x, grad_output = (
             np.concatenate([a.reshape(-1, *a.shape[-2:]) for a in (b.real, b.imag)]) for b in (x, grad_output)

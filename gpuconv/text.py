@@ -83,6 +83,14 @@ def shorten(message: str) -> str:
     return _without_middle(line, _LONGEST_MESSAGE // 2 - 50) if len(line) > _LONGEST_MESSAGE else line
 
 
+def shown(value: object) -> str:
+    """The value of an argument in an error message: on one line, and without the middle if that is long."""
+    line = repr(value)
+    if "\n" in line:  # of an array
+        line = " ".join(line.split())
+    return _without_middle(line, 40) if len(line) > _LONGEST_WORD else line
+
+
 def _without_middle(text: str, ends: int) -> str:
     return f"{text[:ends]}...{text[-ends:]} ({len(text)} characters)"
 

@@ -9,8 +9,9 @@ from typing import Any, ParamSpec, SupportsIndex, TypeVar
 import numpy as np
 
 from .. import memory, runtime
-from ..arguments import check_int
+from ..arguments import MAX_STEP, check_int, is_one_of
 from ..problem import DTYPES, INTEGERS
+from ..text import shown
 
 _P = ParamSpec("_P")
 
@@ -33,22 +34,37 @@ def on_the_gpu_of_its_arrays(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def take(caller: str, **given: Any) -> tuple[Any, ...]:
-    """`memory.take`; CuPy can compute with these arrays wherever they lie."""
-    return tuple(map(runtime.aligned, memory.take(caller, **given)))
+    """`memory.take` of arrays of numbers; CuPy can compute with these arrays wherever they lie."""
+    arrays = memory.take(caller, **given)
+    for name, array in zip(given, arrays, strict=True):
+        if array.dtype.kind not in "biufc" and array.dtype.name not in DTYPES:
+            raise TypeError(f"{caller}: {name} must be of numbers, got the dtype {array.dtype}")
+    return tuple(map(runtime.aligned, arrays))
 
 
 def check_one_of(caller: str, name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{caller}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    if not is_one_of(value, allowed):
+        raise ValueError(f"{caller}: {name} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}")
 
 
 def check_factor(caller: str, name: str, value: Any) -> int:
     """An up- or downsampling factor as an int. As in SciPy, it may be a float without a fraction."""
     if isinstance(value, float | np.floating):
         if not value.is_integer():
-            raise ValueError(f"{caller}: {name} must be a whole number, got {value!r}")
+            raise ValueError(f"{caller}: {name} must be a whole number, got {shown(value)}")
         value = int(value)
-    return check_int(caller, name, value, "a whole number", 1)
+    return check_int(caller, name, value, "a whole number", 1, MAX_STEP)
+
+
+def check_number(caller: str, name: str, value: Any, dtype: np.dtype[Any]) -> None:
+    """Refuse anything but a number that arrays of a dtype can hold."""
+    try:
+        number = complex(value) if getattr(value, "shape", ()) == () and not isinstance(value, str | bytes) else None
+    except (TypeError, ValueError):
+        number = None
+    if number is None or (number.imag and dtype.kind != "c"):
+        kind = "a number" if dtype.kind == "c" else "a real number"
+        raise TypeError(f"{caller}: {name} must be {kind}, got {type(value).__name__} {shown(value)}")
 
 
 def axis_last(caller: str, array: Any, axis: SupportsIndex) -> tuple[Any, int]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from .. import runtime
 from ..functional import conv1d
+from ..text import shown
 from .arrays import axis_last, check_one_of, computable, on_the_gpu_of_its_arrays, put_back, result_type, take
 from .fft import by_fft, floating
 
@@ -108,7 +109,7 @@ def oaconvolve(in1: Any, in2: Any, mode: str = "full", axes: Any = None) -> Any:
     """
     if isinstance(axes, list | tuple):
         if len(axes) != 1:
-            raise ValueError(f"oaconvolve: axes must name one axis, got {axes!r}")
+            raise ValueError(f"oaconvolve: axes must name one axis, got {shown(axes)}")
         axes = axes[0]
     x, h, place = _operands("oaconvolve", in1, in2, axes)
     if x.ndim == 0:

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from .. import runtime
-from ..arguments import check_int
+from ..arguments import MAX_STEP, check_int, is_one_of
 from ..functional import conv1d
+from ..text import shown
 from .arrays import (
     axis_last,
     check_factor,
+    check_number,
     check_one_of,
     computable,
     on_the_gpu_of_its_arrays,
@@ -67,6 +69,7 @@ def upfirdn(h: Any, x: Any, up: int = 1, down: int = 1, axis: int = -1, mode: st
     up, down = check_factor("upfirdn", "up", up), check_factor("upfirdn", "down", down)
     check_one_of("upfirdn", "mode", mode, EXTENSIONS)
     x, place = axis_last("upfirdn", x, axis)
+    check_number("upfirdn", "cval", cval, x.dtype)
     L, K = x.shape[-1], h.shape[0]
     if L == 0:
         raise ValueError(f"upfirdn: x must have samples along the axis, got the shape {tuple(x.shape)}")
@@ -175,6 +178,8 @@ def resample_poly(
     check_one_of("resample_poly", "padtype", padtype, (*_BACKGROUNDS, *EXTENSIONS))
     if cval is not None and padtype != "constant":
         raise ValueError(f"resample_poly: cval must be None for padtype {padtype!r}, which has no constant, got {cval}")
+    if cval is not None:
+        check_number("resample_poly", "cval", cval, x.dtype)
     common = math.gcd(up, down)
     up, down = up // common, down // common
     if up == down == 1:
@@ -182,9 +187,13 @@ def resample_poly(
     xp = runtime.array_module(x)
     inexact = x.dtype if x.dtype.kind in "fcV" else np.dtype(np.float64)
     if isinstance(window, list) or hasattr(window, "ndim"):
-        h = runtime.aligned(xp.asarray(window))
-        if h.ndim > 1:
-            raise ValueError(f"resample_poly: window must have one axis, got {h.ndim}: {tuple(h.shape)}")
+        try:
+            taps = np.asarray(window) if isinstance(window, list) else window
+        except ValueError:  # its rows have different lengths
+            raise ValueError(f"resample_poly: window must have one axis, got {shown(window)}") from None
+        h = runtime.aligned(xp.asarray(*take("resample_poly", window=taps)))
+        if h.ndim != 1 or h.size == 0:
+            raise ValueError(f"resample_poly: window must have one axis, with a tap at least, got {tuple(h.shape)}")
         h = h.astype(result_type(h, xp.empty(0, inexact)))
         half = (h.size - 1) // 2
     else:
@@ -241,8 +250,8 @@ def decimate_fir(x: Any, q: int, n: int | None = None, axis: int = -1, zero_phas
         array([1., 1., 1., 1.])
     """
     (x,) = take("decimate_fir", x=x)
-    q = check_int("decimate_fir", "q", q, "an int", 2)
-    n = 20 * q if n is None else check_int("decimate_fir", "n", n, "an int", 0)
+    q = check_int("decimate_fir", "q", q, "an int", 2, MAX_STEP)
+    n = 20 * q if n is None else check_int("decimate_fir", "n", n, "an int", 0, MAX_STEP)
     signals, place = axis_last("decimate_fir", x, axis)
     dtype = x.dtype if x.dtype.kind in "fc" and x.dtype != np.float16 else np.dtype(np.float64)
     taps = runtime.array_module(x).asarray(_low_pass(n + 1, 1 / q, "hamming").astype(real_type(dtype)))
@@ -262,7 +271,7 @@ def _polyphase(h: Any, x: Any, up: int, down: int, first: int, length: int) -> A
     if 0 in x.shape:
         return xp.zeros((*x.shape[:-1], length), result)
     common = math.gcd(up, down)
-    phases, step = up // common, down // common
+    phases, step = min(up // common, length), down // common  # those of which there are results
     # Output l = q*phases + r reads x[q*step + i] with the tap k = r*down + first - i*up.
     ends = [(-(-(r * down + first - (h.size - 1)) // up), (r * down + first) // up) for r in range(phases)]
     longest = 2 * max(1, *(high - low + 1 for low, high in ends))
@@ -337,14 +346,18 @@ def _mirror(xp: ModuleType, x: Any, at: Any, mode: str) -> Any:
 
 def _low_pass(taps: int, cutoff: float, window: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
     """A windowed sinc with gain 1 at frequency 0; `cutoff` is a fraction of the Nyquist frequency."""
-    name, *parameters = window if isinstance(window, tuple) else (window,)
+    name, *parameters = window if isinstance(window, tuple) and window else (window,)
     windows: dict[str, Any] = {"hamming": np.hamming, "hann": np.hanning, "blackman": np.blackman, "boxcar": np.ones}
-    if name == "kaiser" and len(parameters) == 1:
+    if (
+        is_one_of(name, ("kaiser",))
+        and len(parameters) == 1
+        and isinstance(parameters[0], float | np.floating | int | np.integer)
+    ):
         weights = np.kaiser(taps, parameters[0])
-    elif name in windows and not parameters:
+    elif is_one_of(name, tuple(windows)) and not parameters:
         weights = windows[name](taps)
     else:
         known = f'("kaiser", beta), {", ".join(map(repr, windows))}'
-        raise ValueError(f"resample_poly: window must be {known} or an array, got {window!r}")
+        raise ValueError(f"resample_poly: window must be {known} or an array, got {shown(window)}")
     h = cutoff * np.sinc(cutoff * (np.arange(taps) - (taps - 1) / 2)) * weights
     return np.asarray(h / h.sum())

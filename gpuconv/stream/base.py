@@ -10,14 +10,14 @@ from typing import Any, ClassVar, NamedTuple, SupportsIndex, TypeVar, cast
 
 import numpy as np
 
-from .. import functional, nn, runtime
-from ..arguments import MAX_STEP, ArraySpec, Settings, check_groups, check_int
+from .. import dispatch, functional, nn, runtime
+from ..arguments import MAX_STEP, ArraySpec, Settings, check_groups, check_int, is_one_of
 from ..calls import native
-from ..dispatch import BY_FFT
-from ..fusion import ActivationLike, Fused
+from ..fusion import FUSED_ARRAYS, ActivationLike, Fused
 from ..interchange import view
 from ..memory import check_kinds, take
 from ..problem import INTEGER_SUMS, ConvProblem, Op, Padding, Setting
+from ..text import shown
 from .window import Window, kind_of, window_for
 
 StreamT = TypeVar("StreamT", bound="Stream")
@@ -78,7 +78,7 @@ class Stream:
             activation, input_activation = layer.fused["activation"], layer.fused["input_activation"]
         else:
             weight = layer
-        if algorithm in BY_FFT:
+        if is_one_of(algorithm, dispatch.BY_FFT):
             raise ValueError(
                 f'{caller}: algorithm must be None, "base" or a kernel family, got {algorithm!r}: the blocks of an FFT '
                 "would begin at each push"
@@ -98,11 +98,14 @@ class Stream:
         self._left, self._right = self._sides(caller, settings)
         fused = Fused.check(caller, activation, input_activation)
         _, *channels = take(caller, weight=self._weight.array, **fused.given)
+        of_channels = dict(zip(fused.given, channels, strict=True))
+        dispatch.check_algorithm(caller, self.op, algorithm)
+        self._check_layer(caller, bias, precision, Fused(fused.fusion, tuple(map(of_channels.get, FUSED_ARRAYS))))
         self.slots = check_int(caller, "slots", slots, "an int", 1, MAX_STEP)
         self._call: Any = getattr(functional, self.op)
         with self._here():
             self._bias = None if bias is None else runtime.copied(bias)
-            copies = dict(zip(fused.given, map(runtime.copied, channels), strict=True))
+            copies = {name: runtime.copied(array) for name, array in of_channels.items()}
             self._keywords: dict[str, Any] = {
                 "precision": precision,
                 "algorithm": algorithm,
@@ -117,6 +120,20 @@ class Stream:
         self._window_of: tuple[Any, ...] | None = None  # the kind of its pushes, and their position
         self._in_window = False
         self._last: tuple[Any, ...] | None = None  # the kind and position of the last push
+
+    def _check_layer(self, caller: str, bias: Any | None, precision: str, fused: Fused) -> None:
+        """Check what has not been checked yet, as a call on the samples of one window would.
+
+        Raises:
+            ValueError, TypeError: the bias, the precision or an array of an activation does not fit the weight.
+        """
+        weight, op = ArraySpec(self._weight.shape, self._weight.dtype), self.op
+        x = ArraySpec((1, self._channels, self._span if op == "conv1d" else 1), weight.dtype)
+        extents = (self._dilation, self._groups) if op == "conv1d" else (0, self._groups, self._dilation, None)
+        try:
+            ConvProblem.of(op, x, weight, bias, self._stride, 0, *extents, precision).fused(fused)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{caller}{str(error).removeprefix(op)}") from None
 
     @property
     def _channels(self) -> int:
@@ -399,7 +416,7 @@ class Stream:
         try:
             chosen = [operator.index(slot) for slot in slots]
         except TypeError:
-            raise TypeError(f"{caller}: slots must be a sequence of ints, got {slots!r}") from None
+            raise TypeError(f"{caller}: slots must be a sequence of ints, got {shown(slots)}") from None
         if not all(0 <= slot < self.slots for slot in chosen) or len(set(chosen)) < len(chosen):
             raise ValueError(f"{caller}: slots must be from 0 to {self.slots - 1}, each once, got {chosen}")
         return chosen

@@ -19,7 +19,7 @@ from torch.overrides import (
     has_torch_function_variadic,
 )
 
-from ..arguments import check_out_dtype, check_padding_mode, check_precision
+from ..arguments import check_out_dtype, check_padding_mode, check_precision, is_one_of
 from ..fusion import FUSED_ARRAYS, ActivationLike, Fused
 from ..lengths import check_lengths
 from ..problem import MAX_EXTENT, ConvProblem, Op, Padding, Setting, Settings
@@ -154,7 +154,7 @@ def conv_transpose1d(
         more |= _given(input_activation=input_activation, residual=residual, activation=activation)
         more |= _given(lengths=lengths, out_dtype=out_dtype)
         return _overridden(conv_transpose1d, input, weight, bias, *given, **more)
-    if padding_mode != "zeros":
+    if not is_one_of(padding_mode, ("zeros",)):
         check_padding_mode(op, op, padding_mode)
     if algorithm is not None:
         _check_algorithm(op, algorithm)
@@ -189,7 +189,7 @@ def _lengths(op: Op, lengths: Any) -> list[int]:
         return [int(length) for length in lengths.tolist()]
     if isinstance(lengths, list | tuple) and {type(length) for length in lengths} <= {int}:  # torch.compile can do this
         return list(lengths)
-    N = len(lengths) if hasattr(lengths, "__len__") else 0
+    N = len(lengths) if hasattr(lengths, "__len__") and getattr(lengths, "shape", None) != () else 0
     return [int(length) for length in check_lengths(op, lengths, N, "L_in", MAX_EXTENT)]
 
 
@@ -286,7 +286,7 @@ def _tensors(
         assert w is not None
     else:
         x, w, b = input, weight, bias
-    if precision != "float32":
+    if not is_one_of(precision, ("float32",)):
         check_precision(op, precision, dtype_name(x.dtype))
     return x, w, b
 
