@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from . import machine, memory, streams
 from .cuda_memory import check_range
@@ -24,8 +25,9 @@ def poisoned_pool() -> Iterator[None]:
         def __init__(self) -> None:
             self._streams: dict[int, int] = {}  # by address
 
-        def malloc_postprocess(self, *, device_id: int, size: int, mem_size: int, mem_ptr: int, pmem_id: int) -> None:
-            self._streams[mem_ptr] = cupy.cuda.get_current_stream(device_id).ptr
+        def malloc_postprocess(self, *, mem_ptr: int, **_: Any) -> None:
+            # On the current GPU. `device_id` is for all of CuPy's pools that on which the first memory was allocated.
+            self._streams[mem_ptr] = cupy.cuda.get_current_stream().ptr
 
         def free_preprocess(self, *, device_id: int, mem_size: int, mem_ptr: int, pmem_id: int) -> None:
             if mem_ptr in self._streams:

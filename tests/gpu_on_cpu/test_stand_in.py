@@ -572,3 +572,22 @@ def test_work_on_another_stream_without_a_wait_is_caught(cupy: Any) -> None:
             result = gpuconv.conv1d(given, weight).get()
         assert np.array_equal(result, expected) == waits
         writer.synchronize()
+
+
+def test_poison_of_the_pool_is_in_order_where_another_gpu_was_used_first() -> None:
+    """A block that the pool hands out again is not poisoned after that."""
+    done = python(
+        "import cupy\n"
+        "from tests.gpu_on_cpu import pool\n"
+        "with cupy.cuda.Device(1): cupy.empty(3)\n"
+        "with pool.poisoned_pool(), cupy.cuda.Stream(non_blocking=True) as queue:\n"
+        "    x = cupy.arange(9.0)\n"
+        "    kept = []\n"
+        "    for i in range(20):\n"
+        "        x.copy()\n"
+        "        kept.append(x + i)\n"
+        "    queue.synchronize()\n"
+        "    cupy.cuda.Device().synchronize()\n"
+        "    print([float(y.get().sum()) for y in kept] == [36.0 + 9 * i for i in range(20)])\n"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
