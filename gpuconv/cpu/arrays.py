@@ -35,12 +35,13 @@ class Scratch:
         band: identifies the contents of the buffer "band", so that they need not be made again.
     """
 
-    __slots__ = ("_buffers", "_size", "_views", "band", "dtype")
+    __slots__ = ("_buffers", "_size", "_views", "_zeros", "band", "dtype")
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self.dtype = dtype
         self._buffers: dict[str, Array] = {}
         self._views: dict[str, Array] = {}  # what `take` returned last
+        self._zeros: dict[str, object] = {}  # where the buffers of `take_zeros` hold them
         self._size = 0
         self.band: object = None
 
@@ -49,6 +50,7 @@ class Scratch:
         if view is not None and view.shape == shape:
             return view
         size = math.prod(shape)
+        self._zeros.pop(name, None)
         buffer = self._buffers.pop(name, None)
         if buffer is None or buffer.size < size:
             self._size += size - (0 if buffer is None else buffer.size)
@@ -58,6 +60,16 @@ class Scratch:
         self._buffers[name] = buffer
         self._views[name] = view = buffer[:size].reshape(shape)
         return view
+
+    def take_zeros(self, name: str, layout: object, *shape: int) -> tuple[Array, bool]:
+        """As `take`, of a buffer in which each use of a layout writes the same elements, and the others are zeros.
+
+        The second value says whether these have to be written: they remain where the last use had the same layout.
+        """
+        view = self.take(name, *shape)
+        last = self._zeros.get(name)
+        self._zeros[name] = layout
+        return view, last is not layout and last != layout
 
     @classmethod
     def borrow(cls, purpose: str, dtype: np.dtype[Any]) -> Scratch:
@@ -146,9 +158,14 @@ def copy_padded(
 
 
 def is_finite(block: Array) -> bool:
-    short = block.size <= _SHORT_DOT and block.dtype.kind == "f" and block.flags.c_contiguous
-    # The sum of squares takes a third of the time; since it may overflow, only a finite one is conclusive.
-    return (short and math.isfinite(np.vdot(block, block))) or bool(np.isfinite(block).all())
+    # A sum takes less time than a check of each element. Since it may overflow, only a finite one is conclusive.
+    total = math.nan
+    if block.dtype.kind == "f":
+        if block.strides[-1] != block.itemsize:
+            total = float(np.add.reduce(block, axis=None))
+        elif block.size <= _SHORT_DOT and block.flags.c_contiguous:
+            total = float(np.vdot(block, block))  # which takes a third of the time of a sum
+    return math.isfinite(total) or bool(np.isfinite(block).all())
 
 
 def slices(start: int, stop: int, length: int) -> list[slice]:

@@ -369,8 +369,13 @@ class Toeplitz:
                 np.matmul(a.reshape(G, -1, lines, depth), band[:, None], out=c.reshape(G, -1, lines, outputs))
 
 
-def fill_band(p: ConvProblem, w: Array, band: Array, tile: int, taps: slice) -> Callable[[], None]:
-    """Prepare to fill bands (groups, C_in_g, inputs of a window, C_out_g, its outputs) of these taps of the weight."""
+def fill_band(
+    p: ConvProblem, w: Array, band: Array, tile: int, taps: slice, has_zeros: bool = False
+) -> Callable[[], None]:
+    """Prepare to fill bands (groups, C_in_g, inputs of a window, C_out_g, its outputs) of these taps of the weight.
+
+    With `has_zeros`, there are zeros already wherever a band has any.
+    """
     w = w[..., taps]
     G, M, C, K = w.shape
     s_g, s_c, s_u, s_m, s_o = band.strides
@@ -395,7 +400,8 @@ def fill_band(p: ConvProblem, w: Array, band: Array, tile: int, taps: slice) -> 
             diagonals.append((of_band, of_phase[..., None]))
 
     def fill() -> None:
-        band[...] = 0
+        if not has_zeros:
+            band[...] = 0
         for diagonal, values in diagonals:
             diagonal[...] = values
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,28 @@ _SAMPLES = 24
 
 # The most windows of a row that are copied where the others are read in place.
 _COPIES = 4
+
+
+class _Cut(NamedTuple):
+    """A part of every row: so many `steps`.
+
+    Attributes:
+        at, begin, end: its first output, and the range of those that exist: the first and the last ones may not.
+        low, high: the range of the inputs of all windows.
+        is_copied: all windows are read from a copy of these inputs.
+        rows: of the windows that are read in place, or from the copy: the first step and the number of those of a set.
+        ends: of the windows that are copied one by one: the first step, the inputs that exist, their place in a window.
+    """
+
+    steps: int
+    at: int
+    begin: int
+    end: int
+    low: int
+    high: int
+    is_copied: bool
+    rows: list[tuple[int, int]]
+    ends: list[tuple[int, slice, slice]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +138,7 @@ class Windows:
         lines, each_set = (min(self.samples, p.N), 1.0) if self.by_sample else (1, windows / self.sets)
         product = costs.products(p, rows * windows / (lines * each_set), lines * each_set, U, outputs, True)
         whole = (last - first) // self.tile
-        inside, outside = self._within(p, first_input(p, first, slice(0, p.K)), whole)
+        inside, outside = _within(p, self.tile, first_input(p, first, slice(0, p.K)), whole)
         others = inside + whole - outside + ((last - first) % self.tile > 0 or cuts > 1)
         # The check that the sums are finite, and the bias.
         each = costs.ELEMENTWISE * size + costs.CONVERT.get(p.dtype, 0.0)
@@ -143,8 +165,8 @@ class Windows:
         window, outputs = window_length(p, self.tile, p.K), self.tile * outputs_per_step(p)
         rows = self.samples * self.groups
         buffers = {
-            "band": self.groups * window * outputs,
-            "ends": rows * _COPIES * window,
+            "diagonals": self.groups * window * outputs,
+            "edges": rows * _COPIES * window,
             "input": rows * (self.length * step_inputs(p) + window),
             "sums": rows * self.length * outputs_per_step(p),
         }
@@ -153,106 +175,121 @@ class Windows:
 
     def run(self, call: Call, workers: int) -> None:
         p = call.p
-        first, last = steps(p)
-        cuts = -(-(last - first) // self.length)
-        bounds = [first + index * (last - first) // cuts for index in range(cuts + 1)]
+        cuts = _cuts(self, p, call.x_direct)
         blocks = [
-            (call, Block(samples, groups, slice(0, 1), start, stop))
+            (call, cut, Block(samples, groups, slice(0, 1), cut.begin, cut.end))
             for groups in slices(0, p.groups, self.groups)
             for samples in slices(0, p.N, self.samples)
-            for start, stop in pairwise(bounds)
+            for cut in cuts
         ]
         run_blocks(self._prepare, blocks, workers, call.dtype, p.L_out, prepares=True)
 
-    def _prepare(self, call: Call, block: Block, scratch: Scratch) -> Callable[[], None]:
+    def _prepare(self, call: Call, cut: _Cut, block: Block, scratch: Scratch) -> Callable[[], None]:
         """Prepare a block, and return the function that computes it."""
-        p, tile, taps = call.p, self.tile, slice(0, call.p.K)
-        per_step, step, U = outputs_per_step(p), self.tile * step_inputs(p), window_length(p, self.tile, p.K)
-        # The outputs of the block; the first and the last ones may not exist.
-        at, count = block.start * per_step - (p.padding_left if p.transposed else 0), block.stop - block.start
-        begin, end = max(0, at), min(p.L_out, at + count * per_step)
-        y = call.y[block.samples, block.groups, :, begin:end]
-        direct = call.y_direct and end - begin == count * per_step
+        p, tile = call.p, self.tile
+        per_step, step, U = outputs_per_step(p), step_inputs(p), window_length(p, tile, p.K)
+        x, y = call.x[block.samples, block.groups], call.y[block.samples, block.groups, :, cut.begin : cut.end]
         N, G = y.shape[:2]
-        sums = y if direct else scratch.take("sums", N, G, 1, count * per_step)
-        band, fill = scratch.take("band", G, U, tile * per_step), None
+        direct = call.y_direct and cut.end - cut.begin == cut.steps * per_step
+        sums = y if direct else scratch.take("sums", N, G, 1, cut.steps * per_step)
+        (band, fresh), fill = scratch.take_zeros("diagonals", p, G, U, tile * per_step), None
         if scratch.band != block.groups.start:
             scratch.band = block.groups.start
-            fill = fill_band(p, call.w[block.groups], band.reshape(G, 1, U, 1, tile * per_step), tile, taps)
-        x, low, whole = call.x[block.samples, block.groups], first_input(p, block.start, taps), count // tile
-        # The windows within the input are read in place, the few others from copies; if they are many, all of them.
-        inside, outside = self._within(p, low, whole)
-        copy = None
-        if not call.x_direct or inside + whole - outside >= _COPIES:
-            high = low + (count - tile) * step_inputs(p) + U
-            copied = scratch.take("input", N, G, 1, high - low)
-            copy = partial(copy_padded, x, low, high, copied)
-            x, low, inside, outside = copied, 0, 0, whole
+            of_band = band.reshape(G, 1, U, 1, tile * per_step)
+            fill = fill_band(p, call.w[block.groups], of_band, tile, slice(0, p.K), not fresh)
+        low, copy = cut.low, None
+        if cut.is_copied:
+            copied = scratch.take("input", N, G, 1, cut.high - low)
+            copy = partial(copy_padded, x, low, cut.high, copied)
+            x, low = copied, 0
         products = []
 
-        def multiply(windows: Array, first: int, apart: int, inputs: slice) -> None:
-            """Windows (N, G, rows, inputs) give tiles of outputs from step `first` on, so many steps apart.
-
-            The windows have these inputs of whole windows.
-            """
-            strides = (*sums.strides[:2], apart * per_step * sums.itemsize, sums.itemsize)
-            tiles, bands = strided(sums, first * per_step, (N, G, windows.shape[2], tile * per_step), strides), band
+        def multiply(windows: Array, first: int, apart: int, bands: Array = band) -> None:
+            """Windows (N, G, rows, inputs) give tiles of outputs from step `first` on, so many steps apart."""
+            shape, size = (N, G, windows.shape[2], tile * per_step), sums.itemsize
+            tiles = strided(sums, first * per_step, shape, (*sums.strides[:2], apart * per_step * size, size))
             if self.by_sample:
-                windows, tiles, bands = windows.transpose(1, 2, 0, 3), tiles.transpose(1, 2, 0, 3), band[:, None]
-            products.append((windows, bands[..., inputs, :], tiles))
+                windows, tiles, bands = windows.transpose(1, 2, 0, 3), tiles.transpose(1, 2, 0, 3), bands[:, None]
+            products.append((windows, bands, tiles))
 
-        everything = slice(0, U)
-        for first in range(inside, min(inside + self.sets, outside)):
-            shape = (N, G, -(-(outside - first) // self.sets), U)
-            strides = (*x.strides[:2], self.sets * step * x.itemsize, x.itemsize)
-            multiply(strided(x, low + first * step, shape, strides), first * tile, self.sets * tile, everything)
-        copies = []
-        if copy is not None and count % tile:
-            multiply(x[..., -U:], count - tile, 1, everything)
-        elif copy is None:
-            others = [index * tile for index in (*range(inside), *range(outside, whole))]
-            others += [count - tile] if count % tile else []
-            ends = scratch.take("ends", N, G, len(others), U)
-            for index, first in enumerate(others):
-                start = low + first * step_inputs(p)
-                left = min(max(start, 0), p.L_in)
-                right = max(left, min(start + U, p.L_in))
-                inputs = slice(left - start, right - start)
-                if self.by_sample:
-                    multiply(x[..., left:right], first, 1, inputs)
-                else:
-                    copies.append((ends[:, :, index, inputs], x[:, :, 0, left:right]))
-            for index in range(0, len(others) if copies else 0, 2):
-                pair = others[index : index + 2]
-                multiply(ends[:, :, index : index + 2], pair[0], pair[-1] - pair[0], everything)
+        apart = self.sets * tile
+        for first, rows in cut.rows:
+            strides = (*x.strides[:2], apart * step * x.itemsize, x.itemsize)
+            multiply(strided(x, low + first * step, (N, G, rows, U), strides), first, apart)
+        copies: list[tuple[Array, Array | int]] = []
+        if cut.ends and self.by_sample:
+            for first, existing, inputs in cut.ends:
+                multiply(x[..., existing], first, 1, band[:, inputs])
+        elif cut.ends:
+            ends, fresh = scratch.take_zeros("edges", cut.ends, N, G, len(cut.ends), U)
+            copies = [(ends, 0)] if fresh else []
+            for i, (_, existing, inputs) in enumerate(cut.ends):
+                copies.append((ends[:, :, i, inputs], x[:, :, 0, existing]))
+            for i in range(0, len(cut.ends), 2):
+                firsts = [first for first, *_ in cut.ends[i : i + 2]]
+                multiply(ends[:, :, i : i + 2], firsts[0], firsts[-1] - firsts[0])
         bias = call.bias(block, 4)
+        # An input that is not finite affects all outputs of its window, for which all of its inputs are multiplied. One
+        # of the weight affects all of a group, except where steps have outputs of other taps.
+        sample = sums if p.transposed else sums[..., ::tile]
 
         def compute() -> None:
             if fill is not None:
                 fill()
             if copy is not None:
                 copy()
-            if copies:
-                ends[...] = 0
             for part, existing in copies:
                 part[...] = existing
             for windows, bands, tiles in products:
                 np.matmul(windows, bands, out=tiles)
-            if call.is_spoilt(sums):
-                self.safe.compute_outputs(call, block._replace(start=begin, stop=end), scratch)
+            if call.is_spoilt(sample):
+                self.safe.compute_outputs(call, block, scratch)
                 return
             if bias is not None:
                 np.add(sums, bias, out=sums)
             if not direct:
-                y[...] = sums[..., begin - at : end - at]
+                y[...] = sums[..., cut.begin - cut.at : cut.end - cut.at]
 
         return compute
 
-    def _within(self, p: ConvProblem, low: int, whole: int) -> tuple[int, int]:
-        """The range of the windows within the input, of `whole` windows of which the first begins at `low`."""
-        step = self.tile * step_inputs(p)
-        inside = min(max(0, -(low // step)), whole)
-        return inside, max(inside, min(whole, (p.L_in - window_length(p, self.tile, p.K) - low) // step + 1))
+
+@lru_cache(maxsize=64)
+def _cuts(form: Windows, p: ConvProblem, in_place: bool) -> list[_Cut]:
+    """The parts of a row; `in_place` says whether BLAS can read the input in place."""
+    tile, per_step, step, U = form.tile, outputs_per_step(p), step_inputs(p), window_length(p, form.tile, p.K)
+    first, last = steps(p)
+    number = -(-(last - first) // form.length)
+    cuts = []
+    for start, stop in pairwise(first + index * (last - first) // number for index in range(number + 1)):
+        at, low = start * per_step - (p.padding_left if p.transposed else 0), first_input(p, start, slice(0, p.K))
+        count, (whole, rest) = stop - start, divmod(stop - start, tile)
+        # The windows within the input are read in place, the few others from copies; if they are many, all of them.
+        inside, outside = _within(p, tile, low, whole)
+        is_copied = not in_place or inside + whole - outside >= _COPIES
+        if is_copied:
+            inside, outside = 0, whole
+        rows = [(i * tile, -(-(outside - i) // form.sets)) for i in range(inside, min(inside + form.sets, outside))]
+        others = [i * tile for i in (*range(inside), *range(outside, whole))]
+        if rest and is_copied:
+            rows.append((count - tile, 1))
+        elif rest:
+            others.append(count - tile)
+        ends = []
+        for index in others:
+            begin = low + index * step
+            left = min(max(begin, 0), p.L_in)
+            right = max(left, min(begin + U, p.L_in))
+            ends.append((index, slice(left, right), slice(left - begin, right - begin)))
+        outputs = at, max(0, at), min(p.L_out, at + count * per_step)
+        cuts.append(_Cut(count, *outputs, low, low + (count - tile) * step + U, is_copied, rows, ends))
+    return cuts
+
+
+def _within(p: ConvProblem, tile: int, low: int, whole: int) -> tuple[int, int]:
+    """The range of the windows within the input, of `whole` windows of which the first begins at `low`."""
+    step = tile * step_inputs(p)
+    inside = min(max(0, -(low // step)), whole)
+    return inside, max(inside, min(whole, (p.L_in - window_length(p, tile, p.K) - low) // step + 1))
 
 
 def _fits(p: ConvProblem) -> bool:

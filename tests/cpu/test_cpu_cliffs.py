@@ -206,6 +206,19 @@ def test_a_window_of_each_sample_is_a_row_of_a_product(p: ConvProblem, value: fl
         np.testing.assert_array_equal(y.astype(np.float64), expected.astype(np.float64))
 
 
+def test_zeros_of_bands_remain_only_for_the_same_diagonals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bands of these problems have the same shape, and nonzero elements at other places."""
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 1)
+    rng = np.random.default_rng(0)
+    for p in [conv1d(1, 8, 8, 300, 5, 1, 2, 2, 1, 8), conv1d(1, 8, 8, 300, 3, 1, 3, 1, 2, 8)] * 2:
+        x, w = (rng.integers(1, 4, shape).astype(np.float32) for shape in (p.input_shape, p.weight_shape))
+        y, expected = np.full((2, *p.output_shape), 99, np.float32)
+        form = next(form for form in windows.Windows.candidates(p) if form.tile == 16)
+        choice.chosen_form(p, p, Taps.of(p), 0.0).run(Call.of(p, x, w, None, expected))
+        choice.chosen_form(p, p, form, 0.0).run(Call.of(p, x, w, None, y))
+        np.testing.assert_array_equal(y, expected)
+
+
 def test_a_helper_gets_less_work_than_the_caller_who_begins_first() -> None:
     p = conv1d(1024, 64, 64, 4, 3, 1, 1, 1)
     chosen = choice.choose(p)
