@@ -69,8 +69,9 @@ SMALL_CALL = 100_000
 # the blocks does not shrink, and whenever a thread waits for the interpreter, it costs both threads some 40 us.
 WORTH_THREADS = 400_000
 
-# Nanoseconds by which a helper begins its first block later than the caller.
-LATE = 40_000
+# Nanoseconds by which a helper begins its first block later than the caller, and what it takes the caller to wake if it
+# has to wait for the helper.
+LATE = 60_000
 
 MAX_WORKERS = 16
 

@@ -115,8 +115,8 @@ class Windows:
             groups, length = share(p, (p.groups, min(groups, fitting // samples)), (last - first, length))
         else:
             # Threads share the groups, since all samples use the same bands. A block has as many samples as fit.
-            (groups,) = share(p, (p.groups, groups))
-            samples = max(1, min(p.N, fitting // groups))
+            (size,) = share(p, (p.groups, groups))
+            samples = max(1, min(p.N, fitting // size))
             groups, samples, length = share(p, (p.groups, groups), (p.N, samples), (last - first, length))
         if length < (tile if by_sample else 2 * tile):
             return None
