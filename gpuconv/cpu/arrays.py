@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from ..dtypes import FORMATS
 from . import limits
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 
 # The most elements of a dot product that BLAS computes on the calling thread.
 _SHORT_DOT = 8192
@@ -35,13 +36,13 @@ class Scratch:
         band: identifies the contents of the buffer "band", so that they need not be made again.
     """
 
-    __slots__ = ("_buffers", "_size", "_views", "_zeros", "band", "dtype")
+    __slots__ = ("_buffers", "_kept", "_size", "_views", "band", "dtype")
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self.dtype = dtype
         self._buffers: dict[str, Array] = {}
         self._views: dict[str, Array] = {}  # what `take` returned last
-        self._zeros: dict[str, object] = {}  # where the buffers of `take_zeros` hold them
+        self._kept: dict[str, tuple[object, object]] = {}  # by name: the key, and what `keep` returned
         self._size = 0
         self.band: object = None
 
@@ -50,7 +51,6 @@ class Scratch:
         if view is not None and view.shape == shape:
             return view
         size = math.prod(shape)
-        self._zeros.pop(name, None)
         buffer = self._buffers.pop(name, None)
         if buffer is None or buffer.size < size:
             self._size += size - (0 if buffer is None else buffer.size)
@@ -61,15 +61,18 @@ class Scratch:
         self._views[name] = view = buffer[:size].reshape(shape)
         return view
 
-    def take_zeros(self, name: str, layout: object, *shape: int) -> tuple[Array, bool]:
-        """As `take`, of a buffer in which each use of a layout writes the same elements, and the others are zeros.
+    def keep(self, name: str, key: object, make: Callable[[], T]) -> T:
+        """What `make` returned last for an equal key: a buffer that it took by this name, and views of it.
 
-        The second value says whether these have to be written: they remain where the last use had the same layout.
+        Nothing else may take a buffer of this name.
         """
-        view = self.take(name, *shape)
-        last = self._zeros.get(name)
-        self._zeros[name] = layout
-        return view, last is not layout and last != layout
+        kept = self._kept.get(name)
+        if kept is not None and (kept[0] is key or kept[0] == key):
+            return cast(T, kept[1])
+        self._kept.pop(name, None)
+        made = make()
+        self._kept[name] = key, made
+        return made
 
     @classmethod
     def borrow(cls, purpose: str, dtype: np.dtype[Any]) -> Scratch:

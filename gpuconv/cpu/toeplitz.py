@@ -239,7 +239,7 @@ class Toeplitz:
         scratch = Scratch.borrow("band", call.dtype)
         band = scratch.take("band", p.groups, U, p.C_in_g, outputs, M)
         with np.errstate(all="ignore"):
-            fill_band(p, call.w, band.transpose(0, 2, 1, 4, 3), T, everything)()
+            fill_band(p, call.w, band.transpose(0, 2, 1, 4, 3), T, everything)
             # Where a window has only the inputs of its single step, the only zeros are those of the padding, so that it
             # is enough to check the bands.
             if outputs == 1 and p.dilation == 1 and is_finite(band):
@@ -316,7 +316,7 @@ class Toeplitz:
         scratch.band = made_of
         cut = (last - first, end - begin) != (U, T * per_step)
         full = scratch.take("full band" if cut else "band", G, C, U, M, T * per_step)
-        fill_band(p, call.w[groups], full, T, taps)()
+        fill_band(p, call.w[groups], full, T, taps)
         if not cut:
             return full.reshape(matrix), low, low + U
         band = scratch.take("band", *shape)
@@ -369,43 +369,35 @@ class Toeplitz:
                 np.matmul(a.reshape(G, -1, lines, depth), band[:, None], out=c.reshape(G, -1, lines, outputs))
 
 
-def fill_band(
-    p: ConvProblem, w: Array, band: Array, tile: int, taps: slice, has_zeros: bool = False
-) -> Callable[[], None]:
-    """Prepare to fill bands (groups, C_in_g, inputs of a window, C_out_g, its outputs) of these taps of the weight.
+def fill_band(p: ConvProblem, w: Array, band: Array, tile: int, taps: slice) -> None:
+    """Fill bands (groups, C_in_g, inputs of a window, C_out_g, its outputs) of these taps of the weight."""
+    band[...] = 0
+    for diagonal, part in diagonals(p, band, tile, taps):
+        diagonal[...] = w[..., part, None]
 
-    With `has_zeros`, there are zeros already wherever a band has any.
-    """
-    w = w[..., taps]
-    G, M, C, K = w.shape
+
+def diagonals(p: ConvProblem, band: Array, tile: int, taps: slice) -> list[tuple[Array, slice]]:
+    """Views of bands as (groups, C_out_g, C_in_g, some taps, tile), each with these taps: all that is not zero."""
+    G, C, _, M, _ = band.shape
     s_g, s_c, s_u, s_m, s_o = band.strides
-    diagonals = []
     if not p.transposed:
-        shape = (G, M, C, K, tile)
-        strides = (s_g, s_m, s_c, s_u * p.dilation, s_u * p.stride + s_o)
-        diagonals.append((strided(band, 0, shape, strides), w[..., None]))
-    else:
-        # Tap k of input l contributes to the output l*stride + k*dilation; both are counted from the first step.
-        common = math.gcd(p.stride, p.dilation)
-        interleave = p.stride // common
-        last = (taps.stop - 1) * p.dilation // p.stride
-        for k in range(taps.start, min(taps.start + interleave, taps.stop)):
-            behind, output = divmod(k * p.dilation, p.stride)
-            of_phase = w[..., k - taps.start :: interleave]
-            of_band = as_strided(
-                band[:, :, last - behind :, :, output:],
-                (G, M, C, of_phase.shape[3], tile),
-                (s_g, s_m, s_c, -s_u * (p.dilation // common), s_u + s_o * p.stride),
-            )
-            diagonals.append((of_band, of_phase[..., None]))
-
-    def fill() -> None:
-        if not has_zeros:
-            band[...] = 0
-        for diagonal, values in diagonals:
-            diagonal[...] = values
-
-    return fill
+        shape = (G, M, C, taps.stop - taps.start, tile)
+        return [(strided(band, 0, shape, (s_g, s_m, s_c, s_u * p.dilation, s_u * p.stride + s_o)), taps)]
+    # Tap k of input l contributes to the output l*stride + k*dilation; both are counted from the first step.
+    common = math.gcd(p.stride, p.dilation)
+    interleave = p.stride // common
+    last = (taps.stop - 1) * p.dilation // p.stride
+    found = []
+    for k in range(taps.start, min(taps.start + interleave, taps.stop)):
+        behind, output = divmod(k * p.dilation, p.stride)
+        of_phase = slice(k, taps.stop, interleave)
+        of_band = as_strided(
+            band[:, :, last - behind :, :, output:],
+            (G, M, C, len(range(k, taps.stop, interleave)), tile),
+            (s_g, s_m, s_c, -s_u * (p.dilation // common), s_u + s_o * p.stride),
+        )
+        found.append((of_band, of_phase))
+    return found
 
 
 def outputs_per_step(p: ConvProblem) -> int:

@@ -24,7 +24,7 @@ from .blocking import share
 from .geometry import Block, Call
 from .taps import Taps
 from .threads import run_blocks
-from .toeplitz import fill_band, first_input, outputs_per_step, step_inputs, steps, window_length
+from .toeplitz import diagonals, first_input, outputs_per_step, step_inputs, steps, window_length
 
 # The most samples whose windows are rows of one product. These lie far apart, often in the same set of the cache.
 _SAMPLES = 24
@@ -34,25 +34,32 @@ _COPIES = 4
 
 
 class _Cut(NamedTuple):
-    """A part of every row: so many `steps`.
+    """A part of every row.
 
     Attributes:
+        window, tile: the inputs of a window, and its outputs.
+        apart: the inputs, and the outputs, from one window of a set to the next.
+        length: of the part, in outputs.
         at, begin, end: its first output, and the range of those that exist: the first and the last ones may not.
         low, high: the range of the inputs of all windows.
         is_copied: all windows are read from a copy of these inputs.
-        rows: of the windows that are read in place, or from the copy: the first step and the number of those of a set.
-        ends: of the windows that are copied one by one: the first step, the inputs that exist, their place in a window.
+        rows: for each set of windows that are read in place, or from the copy: the first input, counted from `low`, the
+            number of windows, and the first output.
+        ends: for each window that is copied apart: the inputs that exist, their place in a window, the first output.
     """
 
-    steps: int
+    window: int
+    tile: int
+    apart: tuple[int, int]
+    length: int
     at: int
     begin: int
     end: int
     low: int
     high: int
     is_copied: bool
-    rows: list[tuple[int, int]]
-    ends: list[tuple[int, slice, slice]]
+    rows: list[tuple[int, int, int]]
+    ends: list[tuple[slice, slice, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,56 +193,49 @@ class Windows:
 
     def _prepare(self, call: Call, cut: _Cut, block: Block, scratch: Scratch) -> Callable[[], None]:
         """Prepare a block, and return the function that computes it."""
-        p, tile = call.p, self.tile
-        per_step, step, U = outputs_per_step(p), step_inputs(p), window_length(p, tile, p.K)
+        p, U, outputs = call.p, cut.window, cut.tile
         x, y = call.x[block.samples, block.groups], call.y[block.samples, block.groups, :, cut.begin : cut.end]
         N, G = y.shape[:2]
-        direct = call.y_direct and cut.end - cut.begin == cut.steps * per_step
-        sums = y if direct else scratch.take("sums", N, G, 1, cut.steps * per_step)
-        (band, fresh), fill = scratch.take_zeros("diagonals", p, G, U, tile * per_step), None
-        if scratch.band != block.groups.start:
-            scratch.band = block.groups.start
-            of_band = band.reshape(G, 1, U, 1, tile * per_step)
-            fill = fill_band(p, call.w[block.groups], of_band, tile, slice(0, p.K), not fresh)
+        direct = call.y_direct and cut.end - cut.begin == cut.length
+        sums = y if direct else scratch.take("sums", N, G, 1, cut.length)
         low, copy = cut.low, None
         if cut.is_copied:
             copied = scratch.take("input", N, G, 1, cut.high - low)
             copy = partial(copy_padded, x, low, cut.high, copied)
             x, low = copied, 0
+        band, of_band = scratch.keep("diagonals", (p, cut.tile, G), partial(self._band, p, G, cut, scratch))
+        values = None
+        if scratch.band != block.groups.start:
+            scratch.band = block.groups.start
+            values = call.w[block.groups]
+        size, far, of_tiles = x.itemsize, x.strides[:2], sums.strides[:2]
         products = []
-
-        def multiply(windows: Array, first: int, apart: int, bands: Array = band) -> None:
-            """Windows (N, G, rows, inputs) give tiles of outputs from step `first` on, so many steps apart."""
-            shape, size = (N, G, windows.shape[2], tile * per_step), sums.itemsize
-            tiles = strided(sums, first * per_step, shape, (*sums.strides[:2], apart * per_step * size, size))
-            if self.by_sample:
-                windows, tiles, bands = windows.transpose(1, 2, 0, 3), tiles.transpose(1, 2, 0, 3), bands[:, None]
-            products.append((windows, bands, tiles))
-
-        apart = self.sets * tile
-        for first, rows in cut.rows:
-            strides = (*x.strides[:2], apart * step * x.itemsize, x.itemsize)
-            multiply(strided(x, low + first * step, (N, G, rows, U), strides), first, apart)
-        copies: list[tuple[Array, Array | int]] = []
+        for first, number, output in cut.rows:
+            shape, strides = (N, G, number, U), (*far, cut.apart[0] * size, size)
+            tiles = (N, G, number, outputs), (*of_tiles, cut.apart[1] * size, size)
+            products.append((strided(x, low + first, shape, strides), band, strided(sums, output, *tiles)))
+        copies: list[tuple[Array, Array]] = []
         if cut.ends and self.by_sample:
-            for first, existing, inputs in cut.ends:
-                multiply(x[..., existing], first, 1, band[:, inputs])
+            for existing, inputs, output in cut.ends:
+                tiles = (N, G, 1, outputs), (*of_tiles, size, size)
+                products.append((x[..., existing], band[:, inputs], strided(sums, output, *tiles)))
         elif cut.ends:
-            ends, fresh = scratch.take_zeros("edges", cut.ends, N, G, len(cut.ends), U)
-            copies = [(ends, 0)] if fresh else []
-            for i, (_, existing, inputs) in enumerate(cut.ends):
-                copies.append((ends[:, :, i, inputs], x[:, :, 0, existing]))
-            for i in range(0, len(cut.ends), 2):
-                firsts = [first for first, *_ in cut.ends[i : i + 2]]
-                multiply(ends[:, :, i : i + 2], firsts[0], firsts[-1] - firsts[0])
+            ends, pairs = scratch.keep("edges", (cut, N, G), partial(self._ends, N, G, cut, scratch))
+            copies = [(part, x[:, :, 0, existing]) for part, (existing, _, _) in zip(ends, cut.ends, strict=True)]
+            for windows, output, apart in pairs:
+                tiles = (N, G, windows.shape[2], outputs), (*of_tiles, apart * size, size)
+                products.append((windows, band, strided(sums, output, *tiles)))
+        if self.by_sample:
+            products = [(a.transpose(1, 2, 0, 3), w[:, None], c.transpose(1, 2, 0, 3)) for a, w, c in products]
         bias = call.bias(block, 4)
         # An input that is not finite affects all outputs of its window, for which all of its inputs are multiplied. One
         # of the weight affects all of a group, except where steps have outputs of other taps.
-        sample = sums if p.transposed else sums[..., ::tile]
+        sample = sums if p.transposed else sums[..., ::outputs]
 
         def compute() -> None:
-            if fill is not None:
-                fill()
+            if values is not None:
+                for diagonal, taps in of_band:
+                    diagonal[...] = values[..., taps, None]
             if copy is not None:
                 copy()
             for part, existing in copies:
@@ -252,6 +252,25 @@ class Windows:
 
         return compute
 
+    def _band(self, p: ConvProblem, G: int, cut: _Cut, scratch: Scratch) -> tuple[Array, list[tuple[Array, slice]]]:
+        """Bands of zeros for so many groups, and views of their diagonals."""
+        band = scratch.take("diagonals", G, cut.window, cut.tile)
+        band[...] = 0
+        return band, diagonals(p, band.reshape(G, 1, cut.window, 1, cut.tile), self.tile, slice(0, p.K))
+
+    def _ends(self, N: int, G: int, cut: _Cut, scratch: Scratch) -> tuple[list[Array], list[tuple[Array, int, int]]]:
+        """Zeros for the windows `cut.ends`: views of the inputs that exist, and pairs of windows.
+
+        Each pair has its first output and the distance of the second one.
+        """
+        ends = scratch.take("edges", N, G, len(cut.ends), cut.window)
+        ends[...] = 0
+        pairs = []
+        for i in range(0, len(cut.ends), 2):
+            first, *_, last = [output for *_, output in cut.ends[i : i + 2]] * 2
+            pairs.append((ends[:, :, i : i + 2], first, last - first))
+        return [ends[:, :, i, inputs] for i, (_, inputs, _) in enumerate(cut.ends)], pairs
+
 
 @lru_cache(maxsize=64)
 def _cuts(form: Windows, p: ConvProblem, in_place: bool) -> list[_Cut]:
@@ -259,6 +278,7 @@ def _cuts(form: Windows, p: ConvProblem, in_place: bool) -> list[_Cut]:
     tile, per_step, step, U = form.tile, outputs_per_step(p), step_inputs(p), window_length(p, form.tile, p.K)
     first, last = steps(p)
     number = -(-(last - first) // form.length)
+    apart = form.sets * tile * step, form.sets * tile * per_step
     cuts = []
     for start, stop in pairwise(first + index * (last - first) // number for index in range(number + 1)):
         at, low = start * per_step - (p.padding_left if p.transposed else 0), first_input(p, start, slice(0, p.K))
@@ -279,9 +299,14 @@ def _cuts(form: Windows, p: ConvProblem, in_place: bool) -> list[_Cut]:
             begin = low + index * step
             left = min(max(begin, 0), p.L_in)
             right = max(left, min(begin + U, p.L_in))
-            ends.append((index, slice(left, right), slice(left - begin, right - begin)))
-        outputs = at, max(0, at), min(p.L_out, at + count * per_step)
-        cuts.append(_Cut(count, *outputs, low, low + (count - tile) * step + U, is_copied, rows, ends))
+            ends.append((slice(left, right), slice(left - begin, right - begin), index * per_step))
+        cuts.append(
+            _Cut(
+                U, tile * per_step, apart, count * per_step, at, max(0, at), min(p.L_out, at + count * per_step),
+                low, low + (count - tile) * step + U, is_copied,
+                [(index * step, lines, index * per_step) for index, lines in rows], ends,
+            )
+        )  # fmt: skip
     return cuts
 
 
