@@ -67,7 +67,7 @@ class Scratch:
         Nothing else may take a buffer of this name.
         """
         kept = self._kept.get(name)
-        if kept is not None and (kept[0] is key or kept[0] == key):
+        if kept is not None and kept[0] == key:
             return cast(T, kept[1])
         self._kept.pop(name, None)
         made = make()
@@ -127,6 +127,13 @@ def strided(array: Array, offset: int, shape: tuple[int, ...], strides: tuple[in
     else:
         view = as_strided(array[..., offset:], shape, strides)
     return view
+
+
+def part_of(array: Array, samples: slice, groups: slice, start: int) -> tuple[Array, int]:
+    """The arguments of `strided` for views of ``array[samples, groups, :, start:]``: the array itself if possible."""
+    if not array.flags.c_contiguous:
+        return array[samples, groups], start
+    return array, (samples.start * array.strides[0] + groups.start * array.strides[1]) // array.itemsize + start
 
 
 def copy_swapped(source: Array, out: Array) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Array, Scratch, accumulator, copy_padded, slices, strided
+from .arrays import Array, Scratch, accumulator, copy_padded, part_of, slices, strided
 from .blocking import share
 from .geometry import Block, Call
 from .taps import Taps
@@ -194,37 +194,44 @@ class Windows:
     def _prepare(self, call: Call, cut: _Cut, block: Block, scratch: Scratch) -> Callable[[], None]:
         """Prepare a block, and return the function that computes it."""
         p, U, outputs = call.p, cut.window, cut.tile
-        x, y = call.x[block.samples, block.groups], call.y[block.samples, block.groups, :, cut.begin : cut.end]
+        samples, groups = block.samples, block.groups
+        y = call.y[samples, groups, :, cut.begin : cut.end]
         N, G = y.shape[:2]
-        direct = call.y_direct and cut.end - cut.begin == cut.length
-        sums = y if direct else scratch.take("sums", N, G, 1, cut.length)
-        low, copy = cut.low, None
+        copy, direct = None, call.y_direct and cut.end - cut.begin == cut.length
+        if direct:
+            sums, (target, at) = y, part_of(call.y, samples, groups, cut.begin)
+        else:
+            sums, at = scratch.take("sums", N, G, 1, cut.length), 0
+            target = sums
         if cut.is_copied:
-            copied = scratch.take("input", N, G, 1, cut.high - low)
-            copy = partial(copy_padded, x, low, cut.high, copied)
-            x, low = copied, 0
-        band, of_band = scratch.keep("diagonals", (p, cut.tile, G), partial(self._band, p, G, cut, scratch))
+            source, low = scratch.take("input", N, G, 1, cut.high - cut.low), 0
+            copy = partial(copy_padded, call.x[samples, groups], cut.low, cut.high, source)
+        else:
+            source, low = part_of(call.x, samples, groups, cut.low)
+        band, filled = scratch.keep("diagonals", (self, p), partial(self._band, p, cut, scratch))
+        if self.groups > G:
+            band, filled = band[:G], [(diagonal[:G], taps) for diagonal, taps in filled]
         values = None
-        if scratch.band != block.groups.start:
-            scratch.band = block.groups.start
-            values = call.w[block.groups]
-        size, far, of_tiles = x.itemsize, x.strides[:2], sums.strides[:2]
+        if scratch.band != groups.start:
+            scratch.band, values = groups.start, call.w[groups]
+        size, far, of_tiles = source.itemsize, source.strides[:2], target.strides[:2]
         products = []
         for first, number, output in cut.rows:
-            shape, strides = (N, G, number, U), (*far, cut.apart[0] * size, size)
-            tiles = (N, G, number, outputs), (*of_tiles, cut.apart[1] * size, size)
-            products.append((strided(x, low + first, shape, strides), band, strided(sums, output, *tiles)))
+            windows = strided(source, low + first, (N, G, number, U), (*far, cut.apart[0] * size, size))
+            tiles = strided(target, at + output, (N, G, number, outputs), (*of_tiles, cut.apart[1] * size, size))
+            products.append((windows, band, tiles))
         copies: list[tuple[Array, Array]] = []
         if cut.ends and self.by_sample:
             for existing, inputs, output in cut.ends:
-                tiles = (N, G, 1, outputs), (*of_tiles, size, size)
-                products.append((x[..., existing], band[:, inputs], strided(sums, output, *tiles)))
+                tiles = strided(target, at + output, (N, G, 1, outputs), (*of_tiles, size, size))
+                products.append((call.x[samples, groups, :, existing], band[:, inputs], tiles))
         elif cut.ends:
-            ends, pairs = scratch.keep("edges", (cut, N, G), partial(self._ends, N, G, cut, scratch))
-            copies = [(part, x[:, :, 0, existing]) for part, (existing, _, _) in zip(ends, cut.ends, strict=True)]
-            for windows, output, apart in pairs:
-                tiles = (N, G, windows.shape[2], outputs), (*of_tiles, apart * size, size)
-                products.append((windows, band, strided(sums, output, *tiles)))
+            ends, pairs = scratch.keep("edges", (self, cut), partial(self._ends, cut, scratch))
+            for part, (existing, _, _) in zip(ends, cut.ends, strict=True):
+                copies.append((part[:N, :G], call.x[samples, groups, 0, existing]))
+            for pair, output, apart in pairs:
+                tiles = strided(target, at + output, (N, G, pair.shape[2], outputs), (*of_tiles, apart * size, size))
+                products.append((pair[:N, :G], band, tiles))
         if self.by_sample:
             products = [(a.transpose(1, 2, 0, 3), w[:, None], c.transpose(1, 2, 0, 3)) for a, w, c in products]
         bias = call.bias(block, 4)
@@ -234,7 +241,7 @@ class Windows:
 
         def compute() -> None:
             if values is not None:
-                for diagonal, taps in of_band:
+                for diagonal, taps in filled:
                     diagonal[...] = values[..., taps, None]
             if copy is not None:
                 copy()
@@ -252,23 +259,24 @@ class Windows:
 
         return compute
 
-    def _band(self, p: ConvProblem, G: int, cut: _Cut, scratch: Scratch) -> tuple[Array, list[tuple[Array, slice]]]:
-        """Bands of zeros for so many groups, and views of their diagonals."""
-        band = scratch.take("diagonals", G, cut.window, cut.tile)
+    def _band(self, p: ConvProblem, cut: _Cut, scratch: Scratch) -> tuple[Array, list[tuple[Array, slice]]]:
+        """Bands of zeros, and views of their diagonals."""
+        G, U, outputs = self.groups, cut.window, cut.tile
+        band = scratch.take("diagonals", G, U, outputs)
         band[...] = 0
-        return band, diagonals(p, band.reshape(G, 1, cut.window, 1, cut.tile), self.tile, slice(0, p.K))
+        return band, diagonals(p, band.reshape(G, 1, U, 1, outputs), self.tile, slice(0, p.K))
 
-    def _ends(self, N: int, G: int, cut: _Cut, scratch: Scratch) -> tuple[list[Array], list[tuple[Array, int, int]]]:
+    def _ends(self, cut: _Cut, scratch: Scratch) -> tuple[list[Array], list[tuple[Array, int, int]]]:
         """Zeros for the windows `cut.ends`: views of the inputs that exist, and pairs of windows.
 
         Each pair has its first output and the distance of the second one.
         """
-        ends = scratch.take("edges", N, G, len(cut.ends), cut.window)
+        ends = scratch.take("edges", self.samples, self.groups, len(cut.ends), cut.window)
         ends[...] = 0
         pairs = []
         for i in range(0, len(cut.ends), 2):
-            first, *_, last = [output for *_, output in cut.ends[i : i + 2]] * 2
-            pairs.append((ends[:, :, i : i + 2], first, last - first))
+            outputs = [output for *_, output in cut.ends[i : i + 2]]
+            pairs.append((ends[:, :, i : i + 2], outputs[0], outputs[-1] - outputs[0]))
         return [ends[:, :, i, inputs] for i, (_, inputs, _) in enumerate(cut.ends)], pairs
 
 
