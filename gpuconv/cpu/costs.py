@@ -80,7 +80,8 @@ def products(p: ConvProblem, count: float, M: float, depth: float, columns: floa
     if depth == 1:  # which NumPy computes in a loop of its own
         return count * (PRODUCT + M * columns * OUTER * scale(p))
     width = -(-columns // 16) * 16 if columns > 1 else 5
-    operations = 2 * max(M, 2) * depth * width * (2 if p.is_complex else 1)
+    rows = M if M > 1 else 2.75  # BLAS multiplies a single row by another function, which takes longer
+    operations = 2 * rows * depth * width * (2 if p.is_complex else 1)
     one = PRODUCT + (operations * FLOP + M * columns * RESULT) * scale(p)
     if not small:
         one += MEETING + PACK * scale(p) * (M * depth + depth * columns)

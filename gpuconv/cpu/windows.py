@@ -147,8 +147,8 @@ class Windows:
         whole = (last - first) // self.tile
         inside, outside = _within(p, self.tile, first_input(p, first, slice(0, p.K)), whole)
         others = inside + whole - outside + ((last - first) % self.tile > 0 or cuts > 1)
-        # The check that the sums are finite, and the bias.
-        each = costs.ELEMENTWISE * size + costs.CONVERT.get(p.dtype, 0.0)
+        # The check that the sums are finite, of all elements or of a few of them, and the bias.
+        each = costs.ELEMENTWISE * size * (1 if p.transposed else 0.5) + costs.CONVERT.get(p.dtype, 0.0)
         rest = costs.copies(rows, windows * outputs, each)
         if p.has_bias:
             rest += costs.rows(rows, windows * outputs, costs.ELEMENTWISE * size)
