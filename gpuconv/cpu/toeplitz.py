@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -234,21 +235,28 @@ class Toeplitz:
 
     def _run_channels_last(self, call: Call, blocks: list[Block], workers: int) -> None:
         """Compute blocks of whole rows for `channels_last`, all with the same bands."""
-        p, T, M = call.p, self.tile, call.p.C_out_g
-        U, outputs, everything = window_length(p, T, p.K), T * outputs_per_step(p), slice(0, p.K)
+        p = call.p
         scratch = Scratch.borrow("band", call.dtype)
-        band = scratch.take("band", p.groups, U, p.C_in_g, outputs, M)
+        band, filled = scratch.keep("bands", (self, p), partial(self._bands, p, scratch))
         with np.errstate(all="ignore"):
-            fill_band(p, call.w, band.transpose(0, 2, 1, 4, 3), T, everything)
+            for diagonal, taps in filled:
+                diagonal[...] = call.w[..., taps, None]
             # Where a window has only the inputs of its single step, the only zeros are those of the padding, so that it
             # is enough to check the bands.
-            if outputs == 1 and p.dilation == 1 and is_finite(band):
+            if band.shape[3] == 1 and p.dilation == 1 and is_finite(band):
                 call = call.of_finite(call.x, call.w, call.b, call.y)
-        bands = band.reshape(p.groups, 1, 1, U * p.C_in_g, outputs * M)
+        bands = band.reshape(p.groups, 1, 1, -1, band.shape[3] * p.C_out_g)
         run_blocks(
             self._prepare, [(call, bands, block) for block in blocks], workers, call.dtype, p.L_out, prepares=True
         )
         scratch.give_back("band")
+
+    def _bands(self, p: ConvProblem, scratch: Scratch) -> tuple[Array, list[tuple[Array, slice]]]:
+        """Bands of zeros of all groups for `channels_last`, and views of their diagonals."""
+        outputs = self.tile * outputs_per_step(p)
+        band = scratch.take("bands", p.groups, window_length(p, self.tile, p.K), p.C_in_g, outputs, p.C_out_g)
+        band[...] = 0
+        return band, diagonals(p, band.transpose(0, 2, 1, 4, 3), self.tile, slice(0, p.K))
 
     def _prepare(self, call: Call, bands: Array, block: Block, scratch: Scratch) -> Callable[[], None]:
         """Prepare a block for `channels_last`, and return the function that computes it."""
