@@ -22,7 +22,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Array, Scratch, accumulator, copy_padded, copy_swapped, is_finite, slices, strided
+from .arrays import Array, Scratch, accumulator, copy_swapped, is_finite, slices, strided
 from .blocking import share
 from .geometry import Block, Call
 from .taps import Taps
@@ -163,17 +163,16 @@ class Toeplitz:
         lines = self.groups * self.samples * self.windows
         inputs = self.groups * self.samples * p.C_in_g * span(p, self.tile, self.windows + 1)
         rows = max(p.C_in_g * p.L_in, p.C_out_g * p.L_out)
-        buffers = {
-            "band": self.groups * window * outputs,
-            "panel": inputs if self.channels_last else lines * window,
-            "sums": lines * outputs,
-            "input": self.groups * self.samples * rows if self.channels_last else inputs,
-        }
+        band, sums = self.groups * window * outputs, lines * outputs
+        if self.channels_last:
+            buffers = {"rows": inputs, "tiles": sums, "input": self.groups * self.samples * rows}
+        else:
+            buffers = {"band": band, "panel": lines * window, "sums": sums, "input": inputs}
         if self.whole:
-            buffers["full band"] = buffers["band"]
+            buffers["full band"] = band
         if self.taps < p.K:
-            buffers["product"] = buffers["sums"]
-        shared = p.groups * buffers.pop("band") // self.groups if self.channels_last else 0
+            buffers["product"] = sums
+        shared = p.groups * window * outputs if self.channels_last else 0
         safe = self.safe.block_memory(p, self.samples, self.groups, p.C_out_g, self.windows * self.tile)
         return shared, buffers | {name: max(buffers.get(name, 0), count) for name, count in safe.items()}
 
@@ -260,45 +259,62 @@ class Toeplitz:
 
     def _prepare(self, call: Call, bands: Array, block: Block, scratch: Scratch) -> Callable[[], None]:
         """Prepare a block for `channels_last`, and return the function that computes it."""
-        p, W, M, C = call.p, self.windows, call.p.C_out_g, call.p.C_in_g
+        p, M, C = call.p, call.p.C_out_g, call.p.C_in_g
         y, x = call.y[block.samples, block.groups], call.x[block.samples, block.groups]
-        (N, G), length = x.shape[:2], self.tile * outputs_per_step(p)
-        first, step = first_input(p, block.start, slice(0, p.K)), self.tile * step_inputs(p)
+        N, G = x.shape[:2]
         # Conversions take several times as long on short runs, so they are a step of their own, along whole rows.
         converted, rows = x, y
         if x.dtype != call.dtype:
             buffer = scratch.take("input", N * G * max(C * p.L_in, M * p.L_out))
             converted, rows = (buffer[: a.size].reshape(a.shape) for a in (x, y))
-        panel = scratch.take("panel", N, G, span(p, self.tile, W), C)
-        s_n, s_g, s_l, s_c = panel.strides
-        sums = scratch.take("sums", N, G, W, length * M)
-        products, whole = [], N // self.lines * self.lines
-        for low, high in ((0, whole), (whole, N)):
-            if low < high:
-                lines = min(self.lines, high - low)
-                shape = (G, W, (high - low) // lines, lines, bands.shape[3])
-                windows = strided(panel[low:], 0, shape, (s_g, step * s_l, lines * s_n, s_n, s_c))
-                products.append((windows, sums[low:high].reshape(-1, lines, *sums.shape[1:]).transpose(2, 3, 0, 1, 4)))
-        at = block.start * outputs_per_step(p) - (p.padding_left if p.transposed else 0)
-        by_position = sums.reshape(N, G, W * length, M)
+        key = self, p, block.start, N, G
+        inputs, panel, products, sums, results = scratch.keep("rows", key, partial(self._rows, *key[1:], scratch))
         bias = call.bias(block, 4)
 
         def compute() -> None:
             if converted is not x:
                 converted[...] = x
-            copy_padded(converted, first, first + panel.shape[2], panel.swapaxes(2, 3), copy_swapped)
+            copy_swapped(converted[..., inputs], panel)
             for windows, tiles in products:
                 np.matmul(windows, bands[block.groups], out=tiles)
             if call.is_spoilt(sums):
                 self.safe.compute_outputs(call, block._replace(start=0, stop=p.L_out), scratch)
                 return
             if bias is not None:
-                np.add(by_position.swapaxes(2, 3), bias, out=by_position.swapaxes(2, 3))
-            copy_swapped(by_position[:, :, -at : p.L_out - at], rows.swapaxes(2, 3))
+                np.add(results, bias, out=results)
+            copy_swapped(results, rows)
             if rows is not y:
                 y[...] = rows
 
         return compute
+
+    def _rows(
+        self, p: ConvProblem, start: int, N: int, G: int, scratch: Scratch
+    ) -> tuple[slice, Array, list[tuple[Array, Array]], Array, Array]:
+        """The buffers of a block for `channels_last`, which begins at step `start`.
+
+        Returns:
+            The inputs that windows read, where they are copied to, between zeros; the windows of each product, and its
+            result; all sums, and those of outputs that exist. Copies and outputs are (N, G, channels, positions).
+        """
+        W, C, M, length = self.windows, p.C_in_g, p.C_out_g, self.tile * outputs_per_step(p)
+        panel = scratch.take("rows", N, G, span(p, self.tile, W), C)
+        panel[...] = 0
+        sums = scratch.take("tiles", N, G, W, length * M)
+        s_n, s_g, s_l, s_c = panel.strides
+        products, whole, step = [], N // self.lines * self.lines, self.tile * step_inputs(p)
+        for low, high in ((0, whole), (whole, N)):
+            if low < high:
+                lines = min(self.lines, high - low)
+                shape = (G, W, (high - low) // lines, lines, window_length(p, self.tile, p.K) * C)
+                windows = strided(panel[low:], 0, shape, (s_g, step * s_l, lines * s_n, s_n, s_c))
+                products.append((windows, sums[low:high].reshape(-1, lines, *sums.shape[1:]).transpose(2, 3, 0, 1, 4)))
+        first = first_input(p, start, slice(0, p.K))
+        left = min(max(first, 0), first + panel.shape[2])
+        right = max(left, min(first + panel.shape[2], p.L_in))
+        at = start * outputs_per_step(p) - (p.padding_left if p.transposed else 0)
+        outputs = sums.reshape(N, G, W * length, M)[:, :, -at : p.L_out - at].swapaxes(2, 3)
+        return slice(left, right), panel[:, :, left - first : right - first].swapaxes(2, 3), products, sums, outputs
 
     def _band(self, call: Call, block: Block, taps: slice, scratch: Scratch) -> tuple[Array, int, int]:
         """The banded matrix (groups, C_in_g*inputs, C_out_g*outputs) from the inputs of a window to its outputs.

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from queue import SimpleQueue
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ import pytest
 from gpuconv import conv1d as public_conv1d
 from gpuconv import conv_transpose1d as public_conv_transpose1d
 from gpuconv import cpu
-from gpuconv.cpu import choice, geometry, limits, panels, threads, windows
+from gpuconv.cpu import choice, geometry, limits, panels, threads, toeplitz, windows
 from gpuconv.cpu.arrays import Array, copy_swapped
 from gpuconv.cpu.geometry import Call
 from gpuconv.cpu.panels import PhasePanels
@@ -207,6 +206,19 @@ def test_a_window_of_each_sample_is_a_row_of_a_product(p: ConvProblem, value: fl
         np.testing.assert_array_equal(y.astype(np.float64), expected.astype(np.float64))
 
 
+def test_short_rows_keep_their_zeros_only_for_the_same_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 1)
+    rng = np.random.default_rng(0)
+    for left in (1, 0, 2, 1):
+        p = conv1d(200, 8, 8, 8, 3, 1, left, 2 - left)
+        x, w = (rng.integers(1, 4, shape).astype(np.float32) for shape in (p.input_shape, p.weight_shape))
+        y, expected = np.full((2, *p.output_shape), 99, np.float32)
+        form = next(form for form in toeplitz.candidates(p) if form.channels_last)
+        choice.chosen_form(p, p, Taps.of(p), 0.0).run(Call.of(p, x, w, None, expected))
+        choice.chosen_form(p, p, form, 0.0).run(Call.of(p, x, w, None, y))
+        np.testing.assert_array_equal(y, expected)
+
+
 def test_zeros_of_bands_remain_only_for_the_same_diagonals(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bands of these problems have the same shape, and nonzero elements at other places."""
     monkeypatch.setattr(threads, "usable_cpus", lambda: 1)
@@ -221,18 +233,16 @@ def test_zeros_of_bands_remain_only_for_the_same_diagonals(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("p", "part"),
-    [
-        (conv1d(1024, 64, 64, 4, 3, 1, 1, 1), lambda form: form.samples / 1024),
-        (conv1d(1, 512, 512, 938, 7, 1, 3, 3, 1, 512), lambda form: form.groups / 512),
-    ],
+    ("p", "shared"),
+    [(conv1d(1024, 64, 64, 4, 3, 1, 1, 1), "samples"), (conv1d(1, 512, 512, 938, 7, 1, 3, 3, 1, 512), "groups")],
     ids=str,
 )
-def test_a_helper_gets_less_work_than_the_caller_who_begins_first(p: ConvProblem, part: Callable[[Any], float]) -> None:
+def test_a_helper_gets_less_work_than_the_caller_who_begins_first(p: ConvProblem, shared: str) -> None:
     chosen = choice.choose(p)
     assert chosen.workers > 1
     assert isinstance(chosen.form, Toeplitz | windows.Windows)
-    assert 0.51 < part(chosen.form) < 0.6
+    part = getattr(chosen.form, shared) / (p.N if shared == "samples" else p.groups)
+    assert 0.51 < part < 0.6
 
 
 def test_channels_and_positions_trade_places_along_the_longer_axis() -> None:
