@@ -26,6 +26,11 @@ import numpy as np
 from . import limits
 from .arrays import Scratch
 
+# NumPy copies rows that are shorter than its buffer into the buffer, even where no dtype is converted. For rows of at
+# least so many elements, a buffer of that size avoids these copies; others need the usual one.
+_SHORT_BUFFER = 64
+_USUAL_BUFFER = np.getbufsize()
+
 
 def run_blocks(
     compute: Callable[..., Any],
@@ -51,23 +56,32 @@ def run_blocks(
     scratches = [Scratch.borrow(f"blocks {index}", dtype) for index in range(1 + len(helpers))]
     own, pending = blocks[: len(scratches)], deque(blocks[len(scratches) :])
 
+    def finish(first: Callable[[], None], scratch: Scratch) -> None:
+        first()
+        while (block := _next(pending)) is not None:
+            prepare(*block, scratch)()
+
     def work(first: Callable[[], None], scratch: Scratch) -> None:
-        # NumPy copies rows that are shorter than its buffer into the buffer, even where no dtype is converted; a buffer
-        # shorter than the rows avoids these copies.
-        buffer_size = np.getbufsize() if length >= 64 else None
+        buffer_size = np.getbufsize() if length >= _SHORT_BUFFER else None
         try:
             with np.errstate(all="ignore"):
                 if buffer_size is not None:
-                    np.setbufsize(64)
-                first()
-                while (block := _next(pending)) is not None:
-                    prepare(*block, scratch)()
+                    np.setbufsize(_SHORT_BUFFER)
+                finish(first, scratch)
         finally:
             if buffer_size is not None:
                 np.setbufsize(buffer_size)
 
+    def assist(first: Callable[[], None], scratch: Scratch) -> None:
+        # NumPy's settings are those of the helper alone, which need not be restored: this takes time with the
+        # interpreter's lock held, just when the caller needs it.
+        size = _SHORT_BUFFER if length >= _SHORT_BUFFER else _USUAL_BUFFER
+        if np.getbufsize() != size:
+            np.setbufsize(size)
+        finish(first, scratch)
+
     if helpers:
-        _work_together(work, prepare, own, pending, helpers, scratches)
+        _work_together(work, assist, prepare, own, pending, helpers, scratches)
     else:
         work(prepare(*own[0], scratches[0]), scratches[0])
     for index, scratch in enumerate(scratches):
@@ -76,13 +90,14 @@ def run_blocks(
 
 def _work_together(
     work: Callable[[Callable[[], None], Scratch], None],
+    assist: Callable[[Callable[[], None], Scratch], None],
     prepare: Callable[..., Callable[[], None]],
     own: Sequence[tuple[Any, ...]],
     pending: deque[tuple[Any, ...]],
     helpers: list[_Helper],
     scratches: Sequence[Scratch],
 ) -> None:
-    """Compute by `work`, on the calling thread and on the helpers, a block of each's own and all that are pending."""
+    """Compute a block of each thread's own and all that are pending: by `work` on this thread, `assist` on helpers."""
     ready: deque[tuple[Callable[[], None], Scratch]] = deque()
     begun: list[None] = []
     ended: list[None] = []
@@ -94,11 +109,11 @@ def _work_together(
         pending.clear()
         ready.clear()
 
-    def assist() -> None:
+    def take_part() -> None:
         begun.append(None)
         try:
             if (prepared := _next(ready)) is not None:
-                work(*prepared)
+                assist(*prepared)
         except BaseException as error:
             fail(error)
         ended.append(None)
@@ -108,7 +123,7 @@ def _work_together(
     try:
         for block, share, scratch in zip(own[1:], shares[1:], scratches[1:], strict=True):
             ready.append((prepare(*block, scratch), scratch))
-            helpers.pop().begin(assist, signal, share)
+            helpers.pop().begin(take_part, signal, share)
         first = prepare(*own[0], scratches[0])
         _keep_to(0, shares[0])
         work(first, scratches[0])
@@ -203,6 +218,7 @@ _Task = tuple[_Helper, Callable[[], None], SimpleQueue[None]]
 
 def _serve(tasks: SimpleQueue[_Task | None], pool: _Pool) -> None:
     """Do the tasks of a helper, which is free again after each."""
+    np.seterr(all="ignore")  # of this thread alone
     while (task := tasks.get()) is not None:
         helper, work, signal = task
         work()

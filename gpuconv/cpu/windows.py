@@ -240,13 +240,13 @@ class Windows:
         sample = sums if p.transposed else sums[..., ::outputs]
 
         def compute() -> None:
+            for part, existing in copies:
+                part[...] = existing
             if values is not None:
                 for diagonal, taps in filled:
                     diagonal[...] = values[..., taps, None]
             if copy is not None:
                 copy()
-            for part, existing in copies:
-                part[...] = existing
             for windows, bands, tiles in products:
                 np.matmul(windows, bands, out=tiles)
             if call.is_spoilt(sample):

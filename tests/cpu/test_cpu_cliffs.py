@@ -479,6 +479,20 @@ def test_threads_of_a_call_keep_to_processors_of_their_own(error: type[Exception
     assert first | second == everywhere == os.sched_getaffinity(0)
 
 
+def test_all_threads_of_a_call_have_the_same_settings_of_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 2)
+    both, seen = threading.Barrier(2), []
+
+    def compute(*_: object) -> None:
+        both.wait(30)
+        seen.append((np.getbufsize(), *np.geterr().values()))
+
+    for length, size in ((1000, 64), (8, np.getbufsize()), (64, 64)):
+        seen.clear()
+        threads.run_blocks(compute, [(0,), (1,)], 2, np.dtype("float32"), length)
+        assert seen == [(size, *["ignore"] * 4)] * 2
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_a_forked_process_starts_helpers_of_its_own() -> None:
     code = """
