@@ -157,6 +157,7 @@ __device__ __forceinline__ Tile tile_at(
     tile.position_begin += q_begin;
     tile.output_first += q_begin * stride_of(p);
     tile.weight = weight + g * (p.chunks * p.pairs * (kParts * BLOCK_M));
+    tile.pairs = p.pairs;
     tile.rows = BLOCK_M;
     tile.output_step = stride_of(p);
     tile.row_taps = p.run_taps;

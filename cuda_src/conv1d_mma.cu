@@ -48,6 +48,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
         tile.weight = weight + (RAW_WEIGHT
             ? g * p.C_out_g * (p.C_in_g * p.K / kUnit)
             : (g * p.row_tiles + row_tile) * (p.chunks * p.pairs * (kParts * BLOCK_M)));
+        tile.pairs = p.pairs;
         tile.position_begin = column_tile * p.block_positions;
         return tile;
     };

@@ -4,7 +4,9 @@
 //       + sum over c_in < C_in_g, k < K of weight[g*C_in_g + c_in, c_out % C_out_g, k] * input[n, g*C_in_g + c_in, l_in],
 //   g = c_out / C_out_g,   l_in*stride = l_out + padding_left - k*dilation,   taps without such an l_in left out.
 //
-// The product of mma.cuh with columns (n, q) and with rows and taps as phases.cuh says.
+// The product of mma.cuh with columns (n, q) and with rows and taps as phases.cuh says. Where phases are rows, those that lack
+// the last tap have blocks of their own: beside the others they would multiply zeros by samples outside of their windows, of
+// which an infinity would make a NaN.
 // Grid x: blocks of BLOCK_M rows (fastest), of block_positions positions, of block_samples samples, products, and
 // segments where SEGMENT_MODE is 2. Grid y and z: 1. Dynamic shared memory: see mma.cuh.
 // Before it pack_mma_weight.cu packs the weights, with zeros for the taps that a phase lacks; or the blocks do, where
@@ -25,6 +27,9 @@ struct Params : WindowConvolution {
     index_t q_begin;    // the first of them
     index_t phase_gcd, tap_step, position_step, phase_inverse;  // as in one_result.cuh
     index_t taps;                                               // of the phase with the most
+    // Where phases are rows: the first full_phases have all taps and full_row_tiles blocks of rows, and the others a tap less.
+    index_t full_phases, full_row_tiles, short_pairs;
+    index_t product_pairs;  // of packed weights, in all blocks of rows of a product
     FUSED_FIELDS WINDOW_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_mma.py");
@@ -52,18 +57,26 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
         const index_t phase = PHASES_IN_ROWS ? 0 : product - g * p.stride;
 
         const Phase found = find_phase(unsigned(phase), p);
+        const bool is_short = PHASES_IN_ROWS && row_tile >= p.full_row_tiles;
+        const index_t tiles_before = is_short ? p.full_row_tiles : 0;
 
-        Tile tile = tile_of_group(g, row_tile * BLOCK_M, n, input, output, p SAMPLES_VALUE);
+        Tile tile = tile_of_group(g, (row_tile - tiles_before) * BLOCK_M, n, input, output, p SAMPLES_VALUE);
+        tile.pairs = is_short ? p.short_pairs : p.pairs;
         tile.weight = weight + (RAW_WEIGHT
             ? g * p.C_in_g * (p.C_out_g * p.K / kUnit)
-            : (product * p.row_tiles + row_tile) * (p.chunks * p.pairs * (kParts * BLOCK_M)));
-        if (PHASES_IN_ROWS) tile.rows *= p.stride;
+            : (product * p.product_pairs + p.chunks * (tiles_before * p.pairs + (row_tile - tiles_before) * tile.pairs)) *
+                (kParts * BLOCK_M));
+        if (PHASES_IN_ROWS) {
+            tile.first_phase = is_short ? p.full_phases : 0;
+            tile.phases = is_short ? p.stride - p.full_phases : p.full_phases;
+            tile.rows *= tile.phases;
+        }
         tile.position_begin = column_tile * p.block_positions;
         tile.positions = p.positions;
         if (kHasLengths) {
             tile.positions = tile.L_out > 0 ? (tile.L_out - 1 + p.padding_left) / p.stride - p.q_begin + 1 : 0;
         }
-        tile.row_taps = found.taps;
+        tile.row_taps = found.taps - is_short;
         tile.column_step = 1;
         tile.first = p.q_begin + found.l_shift;
         tile.tap_step = -p.position_step;
@@ -72,5 +85,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
         return tile;
     };
     run_block(
-        tile_of, window_of(p), epilogue, [&](const Tile& tile, index_t row) { return phase_row(tile, row, p); }, partial);
+        tile_of, window_of(p), epilogue,
+        [&](const Tile& tile, index_t row) { return phase_row(tile, row, tile.first_phase, tile.phases, p); }, partial);
 }

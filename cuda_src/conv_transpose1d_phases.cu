@@ -77,5 +77,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
         tile.find_samples();
         return tile;
     };
-    multiply_tile(tile_of, epilogue, [&](const Tile& tile, index_t row) { return phase_row(tile, row, p); });
+    multiply_tile(tile_of, epilogue, [&](const Tile& tile, index_t row) { return phase_row(tile, row, 0, p.stride, p); });
 }

@@ -65,6 +65,7 @@ __device__ __forceinline__ Tile tile_at(
 
     Tile tile = tile_of_group(g, row_tile * BLOCK_M, n, input, output, p SAMPLES_VALUE);
     tile.weight = weight + (g * p.row_tiles + row_tile) * (p.pairs * (kParts * BLOCK_M));
+    tile.pairs = p.pairs;
     tile.position_begin = column_tile * BLOCK_N;
     if (IS_TRANSPOSED) {
         tile.first = p.padding_left;
@@ -197,7 +198,6 @@ __device__ __forceinline__ void run_im2col(
 
     Window window = {};  // the fields that store_tile reads
     window.units = p.C_in_g;
-    window.pairs = p.pairs;
     window.block_samples = 1;
     window.block_positions = BLOCK_N;
     store_tile(

@@ -28,8 +28,8 @@
 //
 // Values that cannot be split without loss (infinities, NaN, values so small or so large that a part would underflow or
 // overflow) get a NaN for x_hi or w_hi. Sums that are not finite, of any arithmetic, are formed again by canonical_sum. So
-// these results follow IEEE arithmetic. Whether a result is summed again depends on its own terms alone, or, where the rows
-// of a block differ in their taps, also on the positions that other rows of its column read.
+// these results follow IEEE arithmetic. Whether a result is summed again depends on its own terms alone, since the rows of a
+// block have the same taps, or none.
 //
 // INPUT_WIDTH = 2 is for 16-bit input whose positions are contiguous in rows of even length that begin at multiples of 4
 // bytes. A thread then loads two positions of a channel at once, which begin at an even one: see Window in
@@ -115,7 +115,7 @@ __device__ __forceinline__ void multiply_tile(
     Vector<unsigned>* const windows = reinterpret_cast<Vector<unsigned>*>(stages + stage_vectors);
     const index_t window_vectors = kParts * part_rows, all_windows = (window.chunks > 1 ? 2 : 1) * window_vectors;
     int* const pair_offset = reinterpret_cast<int*>(windows + all_windows);      // of pairs, in a window, in bytes
-    Task* const tasks = reinterpret_cast<Task*>(pair_offset + window.pairs);
+    Task* const tasks = reinterpret_cast<Task*>(pair_offset + tile.pairs);
 
     // Rows that no sample belongs to are zeros in all chunks.
 #pragma unroll 1
@@ -172,7 +172,7 @@ __device__ __forceinline__ void multiply_tile(
 #endif
     }
 #pragma unroll 1
-    for (index_t pair = threadIdx.x; pair < window.pairs; pair += kThreads) {
+    for (index_t pair = threadIdx.x; pair < tile.pairs; pair += kThreads) {
         const index_t pair_tap = pair / window.units;
         // Pairs of no tap read what the first one does.
         const bool exists = pair_tap < tile.row_taps;
@@ -189,7 +189,7 @@ __device__ __forceinline__ void multiply_tile(
     const auto hold = [](int value) { return kHasRegisters ? keep_in_register(value) : value; };
     unsigned char* const shared = dynamic_shared_memory();
     const int windows_begin = (kTotals + int(stage_vectors)) * 16;  // in shared memory, in bytes
-    const int tasks_begin = hold(windows_begin + int(all_windows) * 16 + int(window.pairs) * 4);
+    const int tasks_begin = hold(windows_begin + int(all_windows) * 16 + int(tile.pairs) * 4);
     const int unit_bytes = int(window.window_rows) * 16;
     // What staging must know of a chunk.
     struct Chunk {
@@ -349,12 +349,12 @@ __device__ __forceinline__ void multiply_tile(
             }
         }
     };
-    const int chunk_stages = int(window.pairs / kStagePairs);
+    const int chunk_stages = int(tile.pairs / kStagePairs);
 #if RAW_WEIGHT
     RawWeights weights(tile, window, chunk_begin, chunk_end, stages);
 #else
     WeightRing ring(
-        tile.weight + chunk_begin * window.pairs * (kParts * BLOCK_M), stages, int(chunk_end - chunk_begin) * chunk_stages);
+        tile.weight + chunk_begin * tile.pairs * (kParts * BLOCK_M), stages, int(chunk_end - chunk_begin) * chunk_stages);
     int slot = NUM_STAGES - 1;  // read last
 #endif
     int stage = 0;              // read next

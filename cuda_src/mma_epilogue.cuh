@@ -83,9 +83,9 @@ __device__ __forceinline__ MyRow my_row(
     mine.first = row;
     mine.count = 1;
     if (PHASES_IN_ROWS) {
-        const index_t channel = row - mine.info.shift;  // its first row, perhaps in front of the slice
+        const index_t channel = row - (mine.info.shift - tile.first_phase);  // its first row, perhaps in front of the slice
         mine.first = int(max_index(channel, 0));
-        mine.count = int(min_index(channel + tile.output_step, kSliceRows)) - mine.first;
+        mine.count = int(min_index(channel + tile.phases, kSliceRows)) - mine.first;
     }
     mine.start = mine.first * kSlicePitch + mine.first / kUnit * kSliceSkew;
     if (!HAS_SAMPLES && !OUTPUT_LAST) {

@@ -90,11 +90,13 @@ struct Tile {
     const StorageVector* weight;    // packed, of the block's rows; or the group's own where RAW_WEIGHT is 1
     storage_t* output;       // output[n0, first channel of the group, 0]
     index_t group;
-    index_t row_begin, rows;  // the block's first row, and the rows of the product
+    index_t row_begin, rows;  // the block's first row, and all rows that are numbered with it
+    index_t first_phase, phases;  // where rows are phases: those of an output channel
     index_t samples;          // from n0 on; 1 where HAS_SAMPLES is 0
     index_t position_begin, positions;
     index_t C_in_g, L_in, L_out, K;
-    index_t row_taps;                      // the taps of the block's rows: of those with the most, where rows differ
+    index_t row_taps;                      // the taps of the block's rows
+    index_t pairs;                         // of a chunk of packed weights, whole stages
     index_t column_step, first, tap_step;  // l_in = q*column_step + first + tap*tap_step
     index_t output_step, output_first;     // l_out = q*output_step + output_first + Row::shift
     index_t input_stride_n, input_stride_c, input_stride_l;
@@ -103,7 +105,7 @@ struct Tile {
 
 // How the window of a block lies in shared memory, and the order of the packed weights.
 struct Window {
-    index_t units, chunks, pairs;              // units of a chunk; pairs of a chunk, whole stages
+    index_t units, chunks;                     // units of a chunk
     index_t segments, segment_chunks;
     index_t num_tiles;                         // of the launch, in one segment
     index_t round_stages;                      // stages in which a batch of the next chunk's input arrives
@@ -118,7 +120,7 @@ struct Window {
     index_t fold, fold_chunks;
 };
 
-// The tile of rows from row_begin on of group g and of samples from n on, but for `weight` and position_begin. Rows are output
+// The tile of rows from row_begin on of group g and of samples from n on, but for `weight`, `pairs` and position_begin. Rows are output
 // channels and columns positions of the output, as in a convolution; kernels with others change what differs.
 __device__ __forceinline__ Tile tile_of_group(
     index_t g, index_t row_begin, index_t n, const storage_t* input, storage_t* output,
@@ -130,6 +132,8 @@ __device__ __forceinline__ Tile tile_of_group(
     tile.group = g;
     tile.row_begin = row_begin;
     tile.rows = p.C_out_g;
+    tile.first_phase = 0;
+    tile.phases = 1;
     tile.samples = HAS_SAMPLES ? p.N - n : 1;
     tile.C_in_g = p.C_in_g;
     tile.L_in = sample.L_in;
@@ -149,7 +153,7 @@ __device__ __forceinline__ Tile tile_of_group(
 }
 __device__ __forceinline__ Window window_of(const WindowConvolution& p) {
     return Window{
-        p.units, p.chunks, p.pairs, p.segments, p.segment_chunks, p.num_tiles, p.round_stages,
+        p.units, p.chunks, p.segments, p.segment_chunks, p.num_tiles, p.round_stages,
         p.block_samples, p.block_positions,
         p.planes, p.plane_rows, p.sample_rows, p.window_rows, p.unit_tasks, p.tasks_reciprocal,
         p.tap_rows_first, p.tap_rows_step, p.window_shift, p.plane_step, 1, 0};

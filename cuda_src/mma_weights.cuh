@@ -71,7 +71,7 @@ struct PackedWeights : EveryWeight {
     int e = 0;                           // of the channel, in its unit
 
     __device__ __forceinline__ PackedWeights(const Tile& tile, const Window& window, index_t row)
-        : weight(tile.weight + (row - tile.row_begin)), units(window.units), pairs(window.pairs), taps(tile.row_taps),
+        : weight(tile.weight + (row - tile.row_begin)), units(window.units), pairs(tile.pairs), taps(tile.row_taps),
           fold(window.fold) {}
     __device__ __forceinline__ acc_t load(index_t c_in, index_t tap) const {
         if (FOLDS_STRIDE) {

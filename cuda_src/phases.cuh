@@ -34,10 +34,12 @@ __device__ __forceinline__ Phase find_phase(unsigned phase, const P& p) {
     return found;
 }
 
+// The row of a tile; where phases are rows, its output channels have `phases` of them from first_phase on.
 template <typename Tile, typename P>
-__device__ __forceinline__ Row phase_row(const Tile& tile, index_t row, const P& p) {
-    const index_t c_out = PHASES_IN_ROWS ? row / p.stride : row;
-    const index_t phase = PHASES_IN_ROWS ? row - c_out * p.stride : 0;
+__device__ __forceinline__ Row phase_row(
+    const Tile& tile, index_t row, index_t first_phase, index_t phases, const P& p) {
+    const index_t c_out = PHASES_IN_ROWS ? row / phases : row;
+    const index_t phase = PHASES_IN_ROWS ? first_phase + (row - c_out * phases) : 0;
     Row found;
     found.taps = PHASES_IN_ROWS ? (phase < p.K ? ceil_div(p.K - phase, p.stride) : 0) : tile.row_taps;
     found.output_offset = c_out * p.output_stride_c;

@@ -25,9 +25,11 @@ constexpr int kGroupWarps = kRowGroups < kThreads / 32 ? kRowGroups : kThreads /
 constexpr int kPairWarps = kThreads / 32 / kGroupWarps;  // warps that share a group's pairs
 constexpr int kPackWarps = kGroupWarps * kPairWarps;     // others have no part in packing
 
-// Neighbouring rows that are phases of one output channel; 1 where rows are channels.
+// Neighbouring rows that are phases of one output channel, and from tap to tap of a row; 1 where rows are channels.
 template <typename Tile>
-__device__ __forceinline__ int phases_of(const Tile& tile) { return PHASES_IN_ROWS ? int(tile.output_step) : 1; }
+__device__ __forceinline__ int phases_of(const Tile& tile) { return PHASES_IN_ROWS ? int(tile.phases) : 1; }
+template <typename Tile>
+__device__ __forceinline__ int tap_step_of(const Tile& tile) { return PHASES_IN_ROWS ? int(tile.output_step) : 1; }
 
 // The weights of one row, for canonical_sum.
 struct TileWeights : EveryWeight {
@@ -37,10 +39,11 @@ struct TileWeights : EveryWeight {
 
     template <typename Tile, typename Window>
     __device__ __forceinline__ TileWeights(const Tile& tile, const Window&, index_t row)
-        : weight(reinterpret_cast<const storage_t*>(tile.weight)), channel_step(tile.K), tap_step(phases_of(tile)) {
-        const index_t c_out = row / tap_step;
-        weight += c_out * (IS_TRANSPOSED ? tile.K : tile.C_in_g * tile.K) + (row - c_out * tap_step);
-        if (IS_TRANSPOSED) channel_step *= tile.rows / tap_step;
+        : weight(reinterpret_cast<const storage_t*>(tile.weight)), channel_step(tile.K), tap_step(tap_step_of(tile)) {
+        const int phases = phases_of(tile);
+        const index_t c_out = row / phases;
+        weight += c_out * (IS_TRANSPOSED ? tile.K : tile.C_in_g * tile.K) + (tile.first_phase + row - c_out * phases);
+        if (IS_TRANSPOSED) channel_step *= tile.rows / phases;
     }
     __device__ __forceinline__ acc_t load(index_t c_in, index_t tap) const {
         return PackedWeight::of(weight[c_in * channel_step + tap * tap_step]).value();
@@ -71,13 +74,13 @@ struct RawWeights {
     int slot = 0;                 // of the box that is packed next, and then of the one that is copied
 
     // 16-byte vectors of shared memory: the packed weights of a chunk, then boxes.
-    template <typename Window>
-    static __device__ __forceinline__ index_t packed_vectors(const Window& window) {
-        return window.pairs * (kParts * BLOCK_M);
+    template <typename Tile>
+    static __device__ __forceinline__ index_t packed_vectors(const Tile& tile) {
+        return tile.pairs * (kParts * BLOCK_M);
     }
     template <typename Tile, typename Window>
     static __device__ __forceinline__ index_t shared_vectors(const Tile& tile, const Window& window) {
-        return packed_vectors(window) + kBoxes * Box::of(tile, window).size();
+        return packed_vectors(tile) + kBoxes * Box::of(tile, window).size();
     }
     // Of a line.
     template <typename Tile>
@@ -104,7 +107,7 @@ struct RawWeights {
         }
         // Pairs that only fill up the last stage have zero weights.
 #pragma unroll 1
-        for (index_t i = window.units * tile.row_taps * (kParts * BLOCK_M) + threadIdx.x; i < packed_vectors(window);
+        for (index_t i = window.units * tile.row_taps * (kParts * BLOCK_M) + threadIdx.x; i < packed_vectors(tile);
              i += kThreads) {
             packed[i] = StorageVector();
         }
@@ -119,7 +122,7 @@ struct RawWeights {
         if (is_multiplied) pack(tile, window, packed);
 #pragma unroll 1
         for (int boxes_left = is_multiplied ? 1 : kBoxes; boxes_left > 0; --boxes_left) {
-            copy(tile, window, packed + packed_vectors(window));
+            copy(tile, window, packed + packed_vectors(tile));
         }
     }
 
@@ -167,31 +170,33 @@ private:
         copy_async_wait_group<kBoxes - 1>();
         __syncthreads();
         const Box box = Box::of(tile, window);
-        const int K = int(tile.K), taps = int(tile.row_taps), units = int(window.units), phases = phases_of(tile);
+        const int K = int(tile.K), taps = int(tile.row_taps), units = int(window.units);
+        const int phases = phases_of(tile), tap_step = tap_step_of(tile);
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         const int first_pair = lane / 8 + warp / kGroupWarps * 4, step = 4 * kPairWarps;
         const int step_unit = step / taps, step_tap = step - step_unit * taps;
         const int element_step = IS_TRANSPOSED ? box.pitch() * kUnit : K;  // from channel to channel
-        // The block's first row among the phases of its output channel, and that channel in a piece.
+        // The block's first row among the rows of its output channel, and that channel in a piece.
         const int phase_begin = PHASES_IN_ROWS ? int(tile.row_begin % phases) : 0;
         const int first = IS_TRANSPOSED ? int(elements_before(tile) % kUnit) : 0;
         const storage_t* const elements =
-            reinterpret_cast<const storage_t*>(packed + packed_vectors(window) + slot * box.size()) + first;
+            reinterpret_cast<const storage_t*>(packed + packed_vectors(tile) + slot * box.size()) + first;
 #pragma unroll 1
         for (int group = warp % kGroupWarps; group < kRowGroups; group += kGroupWarps) {
             if (kPackWarps < kThreads / 32 && warp >= kPackWarps) break;
             const int row = group * 8 + lane % 8;
-            const int c_out = (row + phase_begin) / phases, phase = row + phase_begin - c_out * phases;
+            const int c_out = (row + phase_begin) / phases;
+            const int phase = int(tile.first_phase) + row + phase_begin - c_out * phases;
             const storage_t* const from = elements + (IS_TRANSPOSED ? c_out * K + phase : row * box.pitch() * kUnit);
             int unit = first_pair / taps, tap = first_pair - unit * taps;
 #pragma unroll 1
             while (unit < units) {
-                const bool exists = !PHASES_IN_ROWS || phase + tap * phases < K;
+                const bool exists = !PHASES_IN_ROWS || phase + tap * tap_step < K;
                 StorageVector large, small;
 #pragma unroll
                 for (int e = 0; e < kUnit; ++e) {
                     const PackedWeight w = PackedWeight::of(
-                        exists ? from[(unit * kUnit + e) * element_step + tap * phases] : scalar::storage_zero());
+                        exists ? from[(unit * kUnit + e) * element_step + tap * tap_step] : scalar::storage_zero());
                     large.element[e] = w.large;
                     if (IS_SPLIT) small.element[e] = w.small;
                 }

@@ -97,13 +97,13 @@ __device__ __forceinline__ void read_box(
     }
 }
 
-// Where the weights of a row of a box lie in shared memory. Row, channel and tap are counted from the box's first.
+// A row of a box, and where its weights lie in shared memory. All are counted from the box's first.
 struct BoxRow {
-    int first, channel_step, phase, phases, box_k;
+    int c_out, phase, phases, first, channel_step, box_k;
 
     template <typename Params>
     __device__ __forceinline__ BoxRow(int row, const WeightBox& box, const Params& p) {
-        const int c_out = row / box.phases;
+        c_out = row / box.phases;
         phase = row - c_out * box.phases;
         phases = box.phases;
         box_k = int(p.box_k);

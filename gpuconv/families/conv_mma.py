@@ -86,5 +86,5 @@ def _index_bits(problem: ConvProblem, product: Product, layout: Layout, arithmet
     samples = MAX_BLOCK_N // product.positions
     overhang = Overhang(samples + 1, rows=MAX_BLOCK_M, channels=MAX_UNITS * arithmetic.channels, positions=MAX_BLOCK_N)
     columns = (product.positions + MAX_BLOCK_N) * (p.N + samples)
-    vectors = product.products * reduction.chunks * reduction.pairs * (product.rows + MAX_BLOCK_M)
+    vectors = product.products * reduction.chunks * reduction.pairs * (product.rows + 2 * MAX_BLOCK_M)
     return index_bits(p, layout, overhang, columns, vectors * arithmetic.parts, (p.C_out + MAX_BLOCK_M) * p.stride)

@@ -21,6 +21,7 @@ from .arithmetic import (
     MIN_SPLIT_TERMS,
     NO_ARITHMETIC,
     SPLIT_TERMS,
+    STAGE_PAIRS,
     STAGE_STEPS,
     UNIT_BYTES,
     Access,
@@ -103,13 +104,14 @@ class Tiling:
     """A product cut into tiles, and the microseconds that all launches of its plan take by the cost model.
 
     Attributes:
+        row_tiles: of a product's rows: `Product.row_tiles`.
         is_raw: blocks read the layer's own weights and pack them; else a launch before has packed them.
     """
 
     index_bits: int
     tile: Tile
     window: Window
-    row_tiles: int
+    row_tiles: tuple[int, int]
     column_tiles: int
     sample_tiles: int
     blocks: int
@@ -145,7 +147,8 @@ def _raw_box_vectors(product: Product, tile: Tile, reduction: Reduction, arithme
     """Of a box of the layer's own weights: see Box in raw_weights.cuh."""
     if not product.problem.transposed:
         return tile.block_m * (reduction.units * reduction.taps | 1)
-    channels, rest = divmod(tile.block_m, product.phases)
+    fewest = min(product.full_phases, product.phases - product.full_phases or product.phases)
+    channels, rest = divmod(tile.block_m, fewest)
     piece = (channels + (2 if rest else 0)) * product.problem.K // arithmetic.channels + 2
     return reduction.units * arithmetic.channels * (piece | 1)
 
@@ -229,7 +232,7 @@ def compare_tilings(
     ):
         if is_raw and not tile.packs_weights:
             continue
-        row_tiles = -(-product.rows // tile.block_m)
+        row_tiles = product.row_tiles(tile.block_m)
         block_samples, block_positions = 1, tile.block_n
         if tile.has_samples:
             if product.problem.has_lengths:
@@ -241,7 +244,7 @@ def compare_tilings(
         needed = shared_bytes(product, tile, window, reduction, arithmetic, bits, is_raw=is_raw)
         column_tiles = -(-product.positions // block_positions)
         sample_tiles = -(-samples // block_samples)
-        blocks = row_tiles * column_tiles * sample_tiles * product.products
+        blocks = sum(row_tiles) * column_tiles * sample_tiles * product.products
         if needed > device.shared_per_block or blocks * reduction.segments > MAX_GRID:
             continue
         if blocks * reduction.segments * tile.block_m * tile.block_n * 4 > MAX_PARTIAL_BYTES and tile.segment_mode == 2:
@@ -265,14 +268,16 @@ def _predict(
 ) -> float:
     """Microseconds of a plan: the weights packed, the tiles multiplied, the sums of segments added."""
     p, is_cut = product.problem, tile.segment_mode == 2
-    row_tiles = product.products * -(-product.rows // tile.block_m)
+    row_tiles = product.row_tiles(tile.block_m)
+    stages = reduction.stages_of(row_tiles)
+    all_row_tiles = product.products * sum(row_tiles)
     launch = TilesLaunch(
         arithmetic=arithmetic,
         blocks=blocks * (reduction.segments if is_cut else 1),
-        weight_tiles=row_tiles * (reduction.segments if is_cut else 1),
+        weight_tiles=all_row_tiles * (reduction.segments if is_cut else 1),
         chunks=reduction.segment_chunks if is_cut else reduction.chunks,
         units=reduction.units,
-        stages=reduction.stages,
+        stages=stages / sum(row_tiles),
         samples=window.block_samples,
         used_rows=window.used_rows,
         window_rows=window.rows,
@@ -288,7 +293,7 @@ def _predict(
         raw_vectors=reduction.units * reduction.taps if is_raw else 0,
         is_scattered=product.fold > 1 and window.access is Access.POSITION,
     )
-    packed = row_tiles * tile.block_m * reduction.chunks * reduction.pairs
+    packed = product.products * stages * STAGE_PAIRS * tile.block_m * reduction.chunks
     resident = min(tile.min_blocks, max(1, blocks_by_shared(shared, device)))
     return predict_plan(
         launch,
@@ -435,7 +440,7 @@ def _tiling_params(reduction: Reduction, tiling: Tiling, arithmetic: Arithmetic)
     """The fields of Params that describe the order of summation and the tiles."""
     tasks = _input_tasks(tiling.tile, tiling.window, reduction, arithmetic)
     return {
-        "row_tiles": tiling.row_tiles,
+        "row_tiles": sum(tiling.row_tiles),
         "column_tiles": tiling.column_tiles,
         "sample_tiles": tiling.sample_tiles,
         **reduction.params(),
@@ -445,10 +450,10 @@ def _tiling_params(reduction: Reduction, tiling: Tiling, arithmetic: Arithmetic)
     }
 
 
-def _fold_params(product: Product, reduction: Reduction) -> dict[str, int]:
-    """The fields of Params of conv1d_mma alone: positions of a channel that are channels, and their chunks."""
+def _own_params(product: Product, reduction: Reduction, tile: Tile) -> dict[str, int]:
+    """The fields of Params of one kernel: of phases in rows, or of positions of a channel that are channels."""
     if product.problem.transposed:
-        return {}
+        return mma_packing.phase_params(product, reduction, tile)
     fold_chunks = reduction.chunks * product.fold // product.problem.C_in_g
     return {"fold": product.fold, "fold_chunks": fold_chunks if product.fold > 1 else 0}
 
@@ -466,7 +471,7 @@ def make_plan(
     params = params_of(
         kernel,
         conv_fields(p, layout),
-        {**product.params(), **_tiling_params(reduction, tiling, arithmetic), **_fold_params(product, reduction)},
+        {**product.params(), **_tiling_params(reduction, tiling, arithmetic), **_own_params(product, reduction, tile)},
     )
 
     # The rows of a single phase are channels, for which less code suffices.
@@ -500,7 +505,7 @@ def make_plan(
             pack, packed_bytes = mma_packing.pack_taps(
                 p,
                 layout,
-                row_tiles=tiling.row_tiles,
+                row_tiles=sum(tiling.row_tiles),
                 block_rows=tile.block_m,
                 pairs=reduction.chunks * reduction.pairs,
                 units=reduction.units,

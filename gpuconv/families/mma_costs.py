@@ -89,7 +89,7 @@ class TilesLaunch(NamedTuple):
     Attributes:
         weight_tiles: blocks that differ in their weights.
         chunks: of a block.
-        stages: of a chunk.
+        stages: of a chunk, on average over blocks.
         is_cut: whether the sums are those of one segment, which another launch adds.
         kept_segments: whose sums a block adds to totals in shared memory.
         tasks: in which a block loads the window of a chunk: `input_tasks`.
@@ -103,7 +103,7 @@ class TilesLaunch(NamedTuple):
     weight_tiles: int
     chunks: int
     units: int
-    stages: int
+    stages: float
     samples: int
     used_rows: int
     window_rows: int
@@ -135,7 +135,7 @@ class TilesLaunch(NamedTuple):
         return STAGE_PAIRS * self.arithmetic.parts * self.block_m
 
     @property
-    def terms(self) -> int:
+    def terms(self) -> float:
         return self.chunks * self.stages * STAGE_PAIRS * self.arithmetic.channels
 
     @property
@@ -303,13 +303,17 @@ def _launch_of(problem: ConvProblem, step: Step) -> TilesLaunch:
     is_cut = macros["SEGMENT_MODE"] == "2"
     access, ahead = access_of(step), int(macros["PREFETCH"])
     arithmetic = ARITHMETICS[problem.dtype, problem.precision]
+    # Those of a chunk, on average over blocks of rows.
+    pairs: float = params["pairs"]
+    if "product_pairs" in params:
+        pairs = params["product_pairs"] / (params["chunks"] * params["row_tiles"])
     return TilesLaunch(
         arithmetic=arithmetic,
         blocks=step.launch.grid,
         weight_tiles=step.launch.grid // (params["column_tiles"] * params["sample_tiles"]),
         chunks=params["segment_chunks"] if is_cut else params["chunks"],
         units=params["units"],
-        stages=params["pairs"] // STAGE_PAIRS,
+        stages=pairs / STAGE_PAIRS,
         samples=params["block_samples"],
         used_rows=params["planes"] * params["plane_rows"],
         window_rows=params["window_rows"],
@@ -337,7 +341,7 @@ def predict_pass(problem: ConvProblem, step: Step, device: Device) -> Prediction
     params = dict(step.launch.params)
     if step.config.kernel == "pack_mma_weight":
         products = step.launch.grid // math.prod(params[f"{name}_parts"] for name in ("out", "phase", "in", "tap"))
-        vectors = products * math.prod(params[name] for name in ("row_tiles", "block_rows", "chunks", "pairs"))
+        vectors = products * params["product_pairs"] * params["block_rows"]
         arithmetic = ARITHMETICS[problem.dtype, problem.precision]
         return _predict_packing(problem, arithmetic, vectors, step.launch.grid, device)
     return _predict_sum_of_segments(problem, _launch_of(problem, step), step.launch.grid, params["segments"], device)

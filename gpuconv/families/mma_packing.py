@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ..problem import ConvProblem
 from ..source import params_fields
-from .arithmetic import ARITHMETICS, UNIT_BYTES
+from .arithmetic import ARITHMETICS, STAGE_PAIRS, UNIT_BYTES
 from .base import MAX_GRID, PACKED, Config, Launch, Layout, Step, conv_fields, params_of
 from .mma_tiles import Tile
 from .mma_window import Reduction
@@ -33,13 +33,31 @@ def units_config(dtype: str, precision: str, bits: int, *, transposed: bool, pha
     return config("pack_mma_weight", dtype, precision, bits, **macros)
 
 
+def phase_params(product: Product, reduction: Reduction, tile: Tile) -> dict[str, int]:
+    """The fields of Params that say which rows lack a tap, and how packed weights lie for that."""
+    row_tiles = product.row_tiles(tile.block_m)
+    return {
+        "full_phases": product.full_phases,
+        "full_row_tiles": row_tiles[0],
+        "short_pairs": reduction.short_stages * STAGE_PAIRS,
+        "product_pairs": reduction.chunks * reduction.stages_of(row_tiles) * STAGE_PAIRS,
+    }
+
+
+def _rows_covered(product: Product, tile: Tile) -> int:
+    """Rows of the product whose phases fill all tiles, also those that hold fewer of their phases."""
+    phases = (product.full_phases, product.phases - product.full_phases)
+    tiles = zip(product.row_tiles(tile.block_m), phases, strict=True)
+    return max(-(-count * tile.block_m * product.phases // held) for count, held in tiles if count)
+
+
 def pack_units(
     problem: ConvProblem, layout: Layout, product: Product, reduction: Reduction, tile: Tile
 ) -> tuple[Step, int]:
     """The launch of pack_mma_weight, and the bytes that it writes."""
     p, arithmetic = problem, ARITHMETICS[problem.dtype, problem.precision]
-    row_tiles = -(-product.rows // tile.block_m)
-    num_vectors = product.products * reduction.chunks * reduction.pairs * row_tiles * tile.block_m  # of one part
+    row_tiles, phases = product.row_tiles(tile.block_m), phase_params(product, reduction, tile)
+    num_vectors = product.products * phases["product_pairs"] * tile.block_m  # of one part
     # Neighbours in memory are the channels and taps of a row: those of a whole chunk if they fit.
     taps, channels = -(-reduction.pairs // reduction.units), arithmetic.channels
     fitting = WeightBoxes.max_terms(product) // (channels * taps)
@@ -48,7 +66,7 @@ def pack_units(
     )
     boxes = WeightBoxes.of(
         product,
-        rows=row_tiles * tile.block_m,
+        rows=_rows_covered(product, tile),
         channels=reduction.chunks * reduction.units * channels,
         taps=taps,
         box_channels=units * channels,
@@ -57,11 +75,12 @@ def pack_units(
         "pack_mma_weight",
         conv_fields(p, layout),
         {
-            "row_tiles": row_tiles,
+            "row_tiles": sum(row_tiles),
             "block_rows": tile.block_m,
             "chunks": reduction.chunks,
             "units": reduction.units,
             "pairs": reduction.pairs,
+            **phases,
             **boxes.params(layout),
         },
     )

@@ -75,6 +75,15 @@ class Reduction:
         return -(-self.taps * self.units // STAGE_PAIRS)
 
     @property
+    def short_stages(self) -> int:
+        """Of a chunk, in rows that lack the last tap."""
+        return -(-(self.taps - 1) * self.units // STAGE_PAIRS)
+
+    def stages_of(self, row_tiles: tuple[int, int]) -> int:
+        """Of a chunk, in so many tiles of rows with all taps and without the last, together."""
+        return row_tiles[0] * self.stages + row_tiles[1] * self.short_stages
+
+    @property
     def segments(self) -> int:
         return -(-self.chunks // self.segment_chunks)
 

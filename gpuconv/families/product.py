@@ -88,6 +88,21 @@ class Product:
         return self.problem.stride if self.problem.transposed else 1
 
     @property
+    def full_phases(self) -> int:
+        """Where rows are phases: the first so many have all taps.
+
+        The others lack the last one; but phases without any tap count as having all.
+        """
+        p = self.problem
+        lacks_tap = self.phases_in_rows and p.stride < p.K
+        return (p.K % p.stride if lacks_tap else 0) or self.phases
+
+    def row_tiles(self, block_m: int) -> tuple[int, int]:
+        """Tiles of a product's rows with all taps, and of the others, which share none: see conv_transpose1d_mma.cu."""
+        full = self.rows * self.full_phases // self.phases
+        return -(-full // block_m), -(-(self.rows - full) // block_m)
+
+    @property
     def terms(self) -> int:
         """Products in the sum of one element, including the taps that its phase may lack."""
         return self.problem.C_in_g * self.taps

@@ -607,6 +607,7 @@ def test_two_launches_through_the_public_function(cupy: Any, launched: list[str]
 PADDED = ConvProblem("conv1d", 1, 24, 16, 20, 3, 1, 2, 3)
 STRIDED = ConvProblem("conv1d", 1, 36, 16, 33, 5, 3, 4, 4, 2)
 PHASES = ConvProblem("conv_transpose1d", 1, 24, 16, 20, 5, 2, 0, 0, 3)
+SHORT_PHASES = ConvProblem("conv_transpose1d", 1, 64, 16, 27, 7, 3, 2, 2)  # in rows, two of three without a third tap
 
 
 def output_positions(p: ConvProblem, l_in: int) -> set[int]:
@@ -643,10 +644,13 @@ def test_chunks_have_fewer_units_where_windows_are_large() -> None:
     assert_same_bits(run(replace(p, N=1), Data(x[1:], w, b)), output[1:], str(p))
 
 
-@pytest.mark.parametrize("value", [np.inf, 2.0**-110])  # neither can be split
-@pytest.mark.parametrize("problem", [PADDED, STRIDED, PHASES], ids=["padded", "strided", "phases"])
-def test_values_outside_the_window_change_no_bit(problem: ConvProblem, value: float) -> None:
-    p = problem
+@pytest.mark.parametrize(("mode", "value"), [("float32", np.inf), ("float32", 2.0**-110), ("float16", np.inf)])
+@pytest.mark.parametrize(
+    "problem", [PADDED, STRIDED, PHASES, SHORT_PHASES], ids=["padded", "strided", "phases", "short phases"]
+)
+def test_values_outside_the_window_change_no_bit(problem: ConvProblem, mode: str, value: float) -> None:
+    """Neither of the values can be split."""
+    p = at(problem, mode)
     family = FAMILY[p.op].name
     x, w, b = cases.random_data(p, 3)
     expected = hostcuda.compute(p, x, w, b, family=family)
