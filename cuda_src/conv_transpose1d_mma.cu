@@ -5,8 +5,7 @@
 //   g = c_out / C_out_g,   l_in*stride = l_out + padding_left - k*dilation,   taps without such an l_in left out.
 //
 // The product of mma.cuh with columns (n, q) and with rows and taps as phases.cuh says. Where phases are rows, those that lack
-// the last tap have blocks of their own: beside the others they would multiply zeros by samples outside of their windows, of
-// which an infinity would make a NaN.
+// the last tap may have blocks of their own, which saves products with zeros but stores results apart. The bits are the same.
 // Grid x: blocks of BLOCK_M rows (fastest), of block_positions positions, of block_samples samples, products, and
 // segments where SEGMENT_MODE is 2. Grid y and z: 1. Dynamic shared memory: see mma.cuh.
 // Before it pack_mma_weight.cu packs the weights, with zeros for the taps that a phase lacks; or the blocks do, where
@@ -27,7 +26,8 @@ struct Params : WindowConvolution {
     index_t q_begin;    // the first of them
     index_t phase_gcd, tap_step, position_step, phase_inverse;  // as in one_result.cuh
     index_t taps;                                               // of the phase with the most
-    // Where phases are rows: the first full_phases have all taps and full_row_tiles blocks of rows, and the others a tap less.
+    // Where phases are rows: the first full_phases have all taps, or share blocks with others; they have full_row_tiles blocks
+    // of rows.
     index_t full_phases, full_row_tiles, short_pairs;
     index_t product_pairs;  // of packed weights, in all blocks of rows of a product
     FUSED_FIELDS WINDOW_FIELDS
@@ -70,6 +70,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
             tile.first_phase = is_short ? p.full_phases : 0;
             tile.phases = is_short ? p.stride - p.full_phases : p.full_phases;
             tile.rows *= tile.phases;
+            // Phases without any tap are no matter: their sums are zeros in any order.
+            tile.rows_differ = p.full_phases == p.stride && p.taps > 1 && p.K != p.taps * p.stride;
         }
         tile.position_begin = column_tile * p.block_positions;
         tile.positions = p.positions;

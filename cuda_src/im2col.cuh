@@ -202,5 +202,5 @@ __device__ __forceinline__ void run_im2col(
     window.block_positions = BLOCK_N;
     store_tile(
         tile_at(block_index_again(), input, weight, output, p SAMPLES_VALUE), window, epilogue,
-        [&](const Tile& tile, index_t row) { return channel_row(tile, row, p); }, acc);
+        [&](const Tile& tile, index_t row) { return channel_row(tile, row, p); }, kAllTaps, acc);
 }

@@ -28,8 +28,7 @@
 //
 // Values that cannot be split without loss (infinities, NaN, values so small or so large that a part would underflow or
 // overflow) get a NaN for x_hi or w_hi. Sums that are not finite, of any arithmetic, are formed again by canonical_sum. So
-// these results follow IEEE arithmetic. Whether a result is summed again depends on its own terms alone, since the rows of a
-// block have the same taps, or none.
+// these results follow IEEE arithmetic. Whether a result is summed again depends on its own terms alone.
 //
 // INPUT_WIDTH = 2 is for 16-bit input whose positions are contiguous in rows of even length that begin at multiples of 4
 // bytes. A thread then loads two positions of a channel at once, which begin at an even one: see Window in
@@ -523,9 +522,27 @@ template <typename TileOf, typename RowOf>
 __device__ __forceinline__ void run_block(
     const TileOf& tile_of, const Window& window, const Epilogue& epilogue, const RowOf& row_of, AccVector* partial) {
     Sums acc;
+    const index_t segment = SEGMENT_MODE == 2 ? index_t(blockIdx.x) / window.num_tiles : 0;
+    const index_t index = index_t(blockIdx.x) - segment * window.num_tiles;
     if (kHasLengths) {  // blocks behind the sample's last output have nothing to do
-        const Tile tile = tile_of(SEGMENT_MODE == 2 ? blockIdx.x % unsigned(window.num_tiles) : blockIdx.x);
+        const Tile tile = tile_of(index);
         if (tile.position_begin >= tile.positions) return;
+    }
+    if (SEGMENT_MODE == 2) {
+        const index_t chunk_begin = segment * window.segment_chunks;
+        multiply_tile(
+            tile_of(index), window, chunk_begin, min_index(chunk_begin + window.segment_chunks, window.chunks), acc);
+#pragma unroll
+        for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+            for (int j = 0; j < kTilesN; ++j) {
+                AccVector sums;
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sums.element[e] = acc[i][j][e];
+                partial[partial_offset(window, segment, index, i, j)] = sums;
+            }
+        }
+        return;
     }
     if (SEGMENT_MODE == 3) {
         for_each_sum([&](int i, int j, int e) { acc[i][j][e] = 0.0f; });
@@ -541,26 +558,25 @@ __device__ __forceinline__ void run_block(
                 }
             }
         }
-    } else {
-        const index_t segment = SEGMENT_MODE == 2 ? index_t(blockIdx.x) / window.num_tiles : 0;
-        const index_t tile = index_t(blockIdx.x) - segment * window.num_tiles;
-        const index_t chunk_begin = segment * window.segment_chunks;
-        const index_t chunk_end =
-            SEGMENT_MODE == 2 ? min_index(chunk_begin + window.segment_chunks, window.chunks) : window.chunks;
-        multiply_tile(tile_of(tile), window, chunk_begin, chunk_end, acc);
-        if (SEGMENT_MODE == 2) {
-#pragma unroll
-            for (int i = 0; i < kTilesM; ++i) {
-#pragma unroll
-                for (int j = 0; j < kTilesN; ++j) {
-                    AccVector sums;
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) sums.element[e] = acc[i][j][e];
-                    partial[partial_offset(window, segment, tile, i, j)] = sums;
-                }
-            }
-            return;
-        }
+        store_tile(tile_of(block_index_again()), window, epilogue, row_of, kAllTaps, acc);
+        return;
     }
-    store_tile(tile_of(block_index_again()), window, epilogue, row_of, acc);
+    // Rows that lack the last tap multiply zeros by samples outside of their windows. Where that may have made a NaN, the block
+    // computes them once more, and then reads those of the first tap in their place.
+    bool is_split = false;  // the rows with all taps are stored, and the others by another pass
+#pragma unroll 1
+    for (int missing = 0; missing < 2; ++missing) {
+        Tile tile = tile_of(index);
+        tile.row_taps -= missing;
+        multiply_tile(tile, window, 0, window.chunks, acc);
+        if (kRowsMayDiffer && tile.rows_differ && missing == 0) {
+            acc_t check = scalar::zero();
+            for_each_sum([&](int i, int j, int e) { check = multiply_add(scalar::zero(), acc[i][j][e], check); });
+            is_split = any_thread(is_nan(check));
+        }
+        tile = tile_of(block_index_again());
+        store_tile(tile, window, epilogue, row_of, is_split ? tile.row_taps - missing : kAllTaps, acc);
+        if (!is_split) return;
+        __syncthreads();
+    }
 }

@@ -15,6 +15,8 @@
 #include "mma_weights.cuh"
 #include "row.cuh"
 
+constexpr index_t kAllTaps = -1;  // rows are stored, however many taps they have
+constexpr bool kRowsMayDiffer = PHASES_IN_ROWS && NAN_FALLBACK && SEGMENT_MODE < 2;  // in their taps
 constexpr int kSliceTiles = kTilesM % 2 == 0 ? 2 : 1;  // of a warp that pass through shared memory at a time in the end
 constexpr int kSliceRows = 16 * kSliceTiles;
 constexpr int kSlicePitch = kWarpN + 8;  // keeps the lanes of a fragment on different banks; rows may begin up to 8 later
@@ -65,6 +67,7 @@ struct MyRow {
     int first, count;  // the rows of the slice that belong to its channel
     int start, place;  // of the channel, and of the row, among the slice's elements
     bool exists;
+    bool is_alone;  // other rows of its channel are stored by another pass
 };
 
 // Elements of a vector that lie in front of output[offset], a vector being aligned to its own size.
@@ -75,11 +78,12 @@ __device__ __forceinline__ int elements_before(const storage_t* output, index_t 
 
 template <typename RowOf>
 __device__ __forceinline__ MyRow my_row(
-    const Tile& tile, const RowOf& row_of, index_t row_begin, index_t column_begin) {
+    const Tile& tile, const RowOf& row_of, index_t row_begin, index_t column_begin, index_t stored_taps) {
     const int row = threadIdx.x % kSliceRows;
     MyRow mine;
-    mine.exists = row_begin + row < tile.rows;
     mine.info = row_of(tile, row_begin + row);
+    mine.is_alone = kRowsMayDiffer && stored_taps != kAllTaps;
+    mine.exists = row_begin + row < tile.rows && (!mine.is_alone || mine.info.taps == stored_taps);
     mine.first = row;
     mine.count = 1;
     if (PHASES_IN_ROWS) {
@@ -267,7 +271,7 @@ __device__ __forceinline__ void store_slice(
     // Of several samples pieces of less than two vectors are not worth the effort.
     const bool are_neighbours = tile.output_stride_l == 1 &&
         (!HAS_SAMPLES || window.block_positions * tile.output_step >= 2 * kUnit);
-    const bool is_whole = are_neighbours && mine.count == tile.output_step;
+    const bool is_whole = are_neighbours && mine.count == tile.output_step && !mine.is_alone;
     if (mine.exists && !is_whole) store_apart(tile, window, mine, slice, column_begin);
     if (!are_neighbours) return;
     constexpr int kLaneBits = log2_of(kWarpN / kUnit / kLaneVectors);  // where a row is all of one sample
@@ -330,11 +334,11 @@ __device__ __forceinline__ void apply_fused(
     }
 }
 
-// Stores the sums of a block; row_of(tile, row) is the kernel's Row. A warp stores kSliceRows rows at a time; after each,
+// Stores the sums of a block, of rows with stored_taps taps or of all; row_of(tile, row) is the kernel's Row. A warp stores kSliceRows rows at a time; after each,
 // the rest of `acc` moves up, so that one loop body serves all rows.
 template <typename RowOf>
 __device__ __forceinline__ void store_tile(
-    Tile tile, const Window& window, const Epilogue& epilogue, const RowOf& row_of, Sums& acc) {
+    Tile tile, const Window& window, const Epilogue& epilogue, const RowOf& row_of, index_t stored_taps, Sums& acc) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Slice* const slice = keep_in_register_shared(reinterpret_cast<Slice*>(dynamic_shared_memory()) + warp);
     tile.output = keep_in_register_global(tile.output);
@@ -342,7 +346,7 @@ __device__ __forceinline__ void store_tile(
     index_t row_begin = tile.row_begin + warp / WARPS_N * kWarpM;
 #pragma unroll 1
     for (int i = 0; i < kTilesM && row_begin < tile.rows; i += kSliceTiles, row_begin += kSliceRows) {
-        const MyRow mine = my_row(tile, row_of, row_begin, column_begin);
+        const MyRow mine = my_row(tile, row_of, row_begin, column_begin, stored_taps);
         const acc_t bias = kIsFused ? scalar::zero() : epilogue.bias_of(mine.exists ? mine.info.channel : 0);
         if (kSliceRows == 32 || lane < kSliceRows) slice->row[lane] = SliceRow{bias, mine.place, mine.count, int(mine.info.taps)};
         __syncwarp();

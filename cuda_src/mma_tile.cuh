@@ -92,6 +92,7 @@ struct Tile {
     index_t group;
     index_t row_begin, rows;  // the block's first row, and all rows that are numbered with it
     index_t first_phase, phases;  // where rows are phases: those of an output channel
+    bool rows_differ;  // where rows are phases: whether some of the block have a tap less than others
     index_t samples;          // from n0 on; 1 where HAS_SAMPLES is 0
     index_t position_begin, positions;
     index_t C_in_g, L_in, L_out, K;
@@ -134,6 +135,7 @@ __device__ __forceinline__ Tile tile_of_group(
     tile.rows = p.C_out_g;
     tile.first_phase = 0;
     tile.phases = 1;
+    tile.rows_differ = false;
     tile.samples = HAS_SAMPLES ? p.N - n : 1;
     tile.C_in_g = p.C_in_g;
     tile.L_in = sample.L_in;

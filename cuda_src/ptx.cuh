@@ -195,6 +195,9 @@ __device__ __forceinline__ void copy_async_wait_group() {
 #endif
 }
 
+// Whether the condition of any thread of the block holds. A barrier of all of them, as __syncthreads is.
+__device__ __forceinline__ bool any_thread(bool condition) { return __syncthreads_or(condition); }
+
 // All lanes of a warp must call the functions below together. g = lane/4 and t = lane%4.
 
 // Whether any lane's condition holds.

@@ -47,7 +47,7 @@ from .base import (
 from .mma_costs import TilesLaunch, input_tasks, predict_plan
 from .mma_tiles import NUM_STAGES, RAW_BOXES, Tile, tiles
 from .mma_window import MAX_UNITS, Reduction, Window
-from .product import Product
+from .product import Product, RowTiles
 
 ASYNC_COPY_ARCH = 80  # from which on cp.async exists
 
@@ -104,14 +104,13 @@ class Tiling:
     """A product cut into tiles, and the microseconds that all launches of its plan take by the cost model.
 
     Attributes:
-        row_tiles: of a product's rows: `Product.row_tiles`.
         is_raw: blocks read the layer's own weights and pack them; else a launch before has packed them.
     """
 
     index_bits: int
     tile: Tile
     window: Window
-    row_tiles: tuple[int, int]
+    row_tiles: RowTiles
     column_tiles: int
     sample_tiles: int
     blocks: int
@@ -127,13 +126,13 @@ def shared_bytes(
     reduction: Reduction,
     arithmetic: Arithmetic,
     bits: int,
-    *,
-    is_raw: bool = False,
+    raw: RowTiles | None = None,
 ) -> int:
+    """Of a block; `raw` are the tiles of rows where blocks read the layer's own weights."""
     itemsize = UNIT_BYTES // arithmetic.channels
     weights = NUM_STAGES * tile.stage_bytes(arithmetic.parts)
-    if is_raw:
-        boxes = RAW_BOXES * _raw_box_vectors(product, tile, reduction, arithmetic) * UNIT_BYTES
+    if raw is not None:
+        boxes = RAW_BOXES * _raw_box_vectors(product, raw, tile, reduction, arithmetic) * UNIT_BYTES
         weights = reduction.stages * tile.stage_bytes(arithmetic.parts) + boxes
     windows = min(reduction.chunks, 2) * arithmetic.parts * reduction.units * window.rows * UNIT_BYTES
     tables = window.rows * bits // 8 + reduction.pairs * 4
@@ -143,11 +142,14 @@ def shared_bytes(
     )
 
 
-def _raw_box_vectors(product: Product, tile: Tile, reduction: Reduction, arithmetic: Arithmetic) -> int:
+def _raw_box_vectors(
+    product: Product, row_tiles: RowTiles, tile: Tile, reduction: Reduction, arithmetic: Arithmetic
+) -> int:
     """Of a box of the layer's own weights: see Box in raw_weights.cuh."""
     if not product.problem.transposed:
         return tile.block_m * (reduction.units * reduction.taps | 1)
-    fewest = min(product.full_phases, product.phases - product.full_phases or product.phases)
+    phases = row_tiles.full_phases
+    fewest = min(phases, product.phases - phases or phases)  # that a block has of a channel
     channels, rest = divmod(tile.block_m, fewest)
     piece = (channels + (2 if rest else 0)) * product.problem.K // arithmetic.channels + 2
     return reduction.units * arithmetic.channels * (piece | 1)
@@ -227,12 +229,16 @@ def compare_tilings(
     """
     reduction, samples = Reduction.of(product, arithmetic), product.problem.N
     found = []
-    for tile, is_raw in combined(
-        tiles(arithmetic, bits, segments=reduction.segments > 1), (False, True) if raw else (False,)
+    for tile, is_raw, apart in combined(
+        tiles(arithmetic, bits, segments=reduction.segments > 1),
+        (False, True) if raw else (False,),
+        (False, True) if product.rows_differ else (False,),
     ):
         if is_raw and not tile.packs_weights:
             continue
-        row_tiles = product.row_tiles(tile.block_m)
+        if product.rows_differ and tile.segment_mode == 2 and not apart:  # see run_block in mma.cuh
+            continue
+        row_tiles = product.row_tiles(tile.block_m, apart=apart)
         block_samples, block_positions = 1, tile.block_n
         if tile.has_samples:
             if product.problem.has_lengths:
@@ -241,15 +247,15 @@ def compare_tilings(
             if block_samples < 2:
                 continue
         window = Window.of(product, block_samples, block_positions, access)
-        needed = shared_bytes(product, tile, window, reduction, arithmetic, bits, is_raw=is_raw)
+        needed = shared_bytes(product, tile, window, reduction, arithmetic, bits, row_tiles if is_raw else None)
         column_tiles = -(-product.positions // block_positions)
         sample_tiles = -(-samples // block_samples)
-        blocks = sum(row_tiles) * column_tiles * sample_tiles * product.products
+        blocks = row_tiles.total * column_tiles * sample_tiles * product.products
         if needed > device.shared_per_block or blocks * reduction.segments > MAX_GRID:
             continue
         if blocks * reduction.segments * tile.block_m * tile.block_n * 4 > MAX_PARTIAL_BYTES and tile.segment_mode == 2:
             continue
-        us = _predict(product, tile, window, reduction, arithmetic, blocks, needed, device, is_raw=is_raw)
+        us = _predict(product, tile, row_tiles, window, reduction, arithmetic, blocks, needed, device, is_raw=is_raw)
         found.append(Tiling(bits, tile, window, row_tiles, column_tiles, sample_tiles, blocks, needed, us, is_raw))
     return tuple(sorted(found, key=lambda tiling: tiling.us))
 
@@ -257,6 +263,7 @@ def compare_tilings(
 def _predict(
     product: Product,
     tile: Tile,
+    row_tiles: RowTiles,
     window: Window,
     reduction: Reduction,
     arithmetic: Arithmetic,
@@ -268,16 +275,15 @@ def _predict(
 ) -> float:
     """Microseconds of a plan: the weights packed, the tiles multiplied, the sums of segments added."""
     p, is_cut = product.problem, tile.segment_mode == 2
-    row_tiles = product.row_tiles(tile.block_m)
     stages = reduction.stages_of(row_tiles)
-    all_row_tiles = product.products * sum(row_tiles)
+    all_row_tiles = product.products * row_tiles.total
     launch = TilesLaunch(
         arithmetic=arithmetic,
         blocks=blocks * (reduction.segments if is_cut else 1),
         weight_tiles=all_row_tiles * (reduction.segments if is_cut else 1),
         chunks=reduction.segment_chunks if is_cut else reduction.chunks,
         units=reduction.units,
-        stages=stages / sum(row_tiles),
+        stages=stages / row_tiles.total,
         samples=window.block_samples,
         used_rows=window.used_rows,
         window_rows=window.rows,
@@ -313,7 +319,9 @@ def _candidates(tilings: tuple[Tiling, ...]) -> tuple[tuple[str, float], ...]:
         samples = t.window.block_samples
         cut = " by segments" if t.tile.segment_mode == 2 else ""
         raw = ", packing" if t.is_raw else ""
-        return f"{t.tile.block_m}x{t.tile.block_n}" + (f" of {samples} samples" if samples > 1 else "") + cut + raw
+        apart = " of equal taps" if t.row_tiles.short else ""
+        several = f" of {samples} samples" if samples > 1 else ""
+        return f"{t.tile.block_m}x{t.tile.block_n}" + apart + several + cut + raw
 
     return tuple((name(t), t.us) for t in tilings)
 
@@ -440,7 +448,6 @@ def _tiling_params(reduction: Reduction, tiling: Tiling, arithmetic: Arithmetic)
     """The fields of Params that describe the order of summation and the tiles."""
     tasks = _input_tasks(tiling.tile, tiling.window, reduction, arithmetic)
     return {
-        "row_tiles": sum(tiling.row_tiles),
         "column_tiles": tiling.column_tiles,
         "sample_tiles": tiling.sample_tiles,
         **reduction.params(),
@@ -450,12 +457,13 @@ def _tiling_params(reduction: Reduction, tiling: Tiling, arithmetic: Arithmetic)
     }
 
 
-def _own_params(product: Product, reduction: Reduction, tile: Tile) -> dict[str, int]:
-    """The fields of Params of one kernel: of phases in rows, or of positions of a channel that are channels."""
+def _own_params(product: Product, reduction: Reduction, row_tiles: RowTiles) -> dict[str, int]:
+    """The tiles of rows, and the fields of Params of one kernel: of phases in rows, or positions as channels."""
     if product.problem.transposed:
-        return mma_packing.phase_params(product, reduction, tile)
+        return mma_packing.row_params(reduction, row_tiles)
     fold_chunks = reduction.chunks * product.fold // product.problem.C_in_g
-    return {"fold": product.fold, "fold_chunks": fold_chunks if product.fold > 1 else 0}
+    folds = {"fold": product.fold, "fold_chunks": fold_chunks if product.fold > 1 else 0}
+    return {"row_tiles": row_tiles.total, **folds}
 
 
 def make_plan(
@@ -471,7 +479,11 @@ def make_plan(
     params = params_of(
         kernel,
         conv_fields(p, layout),
-        {**product.params(), **_tiling_params(reduction, tiling, arithmetic), **_own_params(product, reduction, tile)},
+        {
+            **product.params(),
+            **_tiling_params(reduction, tiling, arithmetic),
+            **_own_params(product, reduction, tiling.row_tiles),
+        },
     )
 
     # The rows of a single phase are channels, for which less code suffices.
@@ -505,14 +517,14 @@ def make_plan(
             pack, packed_bytes = mma_packing.pack_taps(
                 p,
                 layout,
-                row_tiles=sum(tiling.row_tiles),
+                row_tiles=tiling.row_tiles.total,
                 block_rows=tile.block_m,
                 pairs=reduction.chunks * reduction.pairs,
                 units=reduction.units,
                 fold_chunks=dict(params)["fold_chunks"],
             )
         else:
-            pack, packed_bytes = mma_packing.pack_units(p, layout, product, reduction, tile)
+            pack, packed_bytes = mma_packing.pack_units(p, layout, product, reduction, tiling.row_tiles, tile.block_m)
         steps.append(pack)
         scratch.append((PACKED, packed_bytes))
     if tile.segment_mode < 2:

@@ -8,10 +8,9 @@ from ..problem import ConvProblem
 from ..source import params_fields
 from .arithmetic import ARITHMETICS, STAGE_PAIRS, UNIT_BYTES
 from .base import MAX_GRID, PACKED, Config, Launch, Layout, Step, conv_fields, params_of
-from .mma_tiles import Tile
 from .mma_window import Reduction
 from .offsets import Overhang, index_bits
-from .product import Product
+from .product import Product, RowTiles
 from .weight_boxes import WeightBoxes
 
 BLOCK_SIZE = 128
@@ -33,31 +32,31 @@ def units_config(dtype: str, precision: str, bits: int, *, transposed: bool, pha
     return config("pack_mma_weight", dtype, precision, bits, **macros)
 
 
-def phase_params(product: Product, reduction: Reduction, tile: Tile) -> dict[str, int]:
-    """The fields of Params that say which rows lack a tap, and how packed weights lie for that."""
-    row_tiles = product.row_tiles(tile.block_m)
+def row_params(reduction: Reduction, row_tiles: RowTiles) -> dict[str, int]:
+    """The fields of Params that say where rows of phases and their packed weights lie."""
     return {
-        "full_phases": product.full_phases,
-        "full_row_tiles": row_tiles[0],
+        "row_tiles": row_tiles.total,
+        "full_phases": row_tiles.full_phases,
+        "full_row_tiles": row_tiles.full,
         "short_pairs": reduction.short_stages * STAGE_PAIRS,
         "product_pairs": reduction.chunks * reduction.stages_of(row_tiles) * STAGE_PAIRS,
     }
 
 
-def _rows_covered(product: Product, tile: Tile) -> int:
-    """Rows of the product whose phases fill all tiles, also those that hold fewer of their phases."""
-    phases = (product.full_phases, product.phases - product.full_phases)
-    tiles = zip(product.row_tiles(tile.block_m), phases, strict=True)
-    return max(-(-count * tile.block_m * product.phases // held) for count, held in tiles if count)
+def _rows_covered(product: Product, row_tiles: RowTiles, block_rows: int) -> int:
+    """Rows of the product, with all phases of each channel, that fill tiles of some of the phases."""
+    phases = (row_tiles.full_phases, product.phases - row_tiles.full_phases)
+    tiles = zip((row_tiles.full, row_tiles.short), phases, strict=True)
+    return max(-(-count * block_rows * product.phases // held) for count, held in tiles if count)
 
 
 def pack_units(
-    problem: ConvProblem, layout: Layout, product: Product, reduction: Reduction, tile: Tile
+    problem: ConvProblem, layout: Layout, product: Product, reduction: Reduction, row_tiles: RowTiles, block_rows: int
 ) -> tuple[Step, int]:
     """The launch of pack_mma_weight, and the bytes that it writes."""
     p, arithmetic = problem, ARITHMETICS[problem.dtype, problem.precision]
-    row_tiles, phases = product.row_tiles(tile.block_m), phase_params(product, reduction, tile)
-    num_vectors = product.products * phases["product_pairs"] * tile.block_m  # of one part
+    rows = row_params(reduction, row_tiles)
+    num_vectors = product.products * rows["product_pairs"] * block_rows  # of one part
     # Neighbours in memory are the channels and taps of a row: those of a whole chunk if they fit.
     taps, channels = -(-reduction.pairs // reduction.units), arithmetic.channels
     fitting = WeightBoxes.max_terms(product) // (channels * taps)
@@ -66,7 +65,7 @@ def pack_units(
     )
     boxes = WeightBoxes.of(
         product,
-        rows=_rows_covered(product, tile),
+        rows=_rows_covered(product, row_tiles, block_rows),
         channels=reduction.chunks * reduction.units * channels,
         taps=taps,
         box_channels=units * channels,
@@ -75,17 +74,16 @@ def pack_units(
         "pack_mma_weight",
         conv_fields(p, layout),
         {
-            "row_tiles": sum(row_tiles),
-            "block_rows": tile.block_m,
+            "block_rows": block_rows,
             "chunks": reduction.chunks,
             "units": reduction.units,
             "pairs": reduction.pairs,
-            **phases,
+            **rows,
             **boxes.params(layout),
         },
     )
     values = (abs(value) for _, value in params)
-    bits = index_bits(p, layout, boxes.overhang, num_vectors * arithmetic.parts + tile.block_m, *values)
+    bits = index_bits(p, layout, boxes.overhang, num_vectors * arithmetic.parts + block_rows, *values)
     own = units_config(p.dtype, p.precision, bits, transposed=p.transposed, phases_in_rows=product.phases_in_rows)
     launch = Launch(boxes.grid, BLOCK_SIZE, boxes.shared_bytes, bits, params)
     return Step(own, launch, ("weight", PACKED)), num_vectors * arithmetic.parts * UNIT_BYTES

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from .arithmetic import STAGE_PAIRS, UNIT_BYTES, Access, Arithmetic
 from .base import round_up
-from .product import Product
+from .product import Product, RowTiles
 
 BANK_ROWS = 8  # of 16 bytes, in all banks of shared memory
 # Units of a chunk at most: with 8 rows of each fragment side by side, four units are two k-steps for every tap.
@@ -79,9 +79,9 @@ class Reduction:
         """Of a chunk, in rows that lack the last tap."""
         return -(-(self.taps - 1) * self.units // STAGE_PAIRS)
 
-    def stages_of(self, row_tiles: tuple[int, int]) -> int:
-        """Of a chunk, in so many tiles of rows with all taps and without the last, together."""
-        return row_tiles[0] * self.stages + row_tiles[1] * self.short_stages
+    def stages_of(self, row_tiles: RowTiles) -> int:
+        """Of a chunk, in all tiles of rows."""
+        return row_tiles.full * self.stages + row_tiles.short * self.short_stages
 
     @property
     def segments(self) -> int:

@@ -4,8 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ..problem import ConvProblem
+
+
+class RowTiles(NamedTuple):
+    """Tiles of the rows of a product: see conv_transpose1d_mma.cu.
+
+    Attributes:
+        full_phases: phases whose rows have all taps, or share tiles with those that have.
+        full: tiles of those rows.
+        short: tiles of the others, which lack the last tap.
+    """
+
+    full_phases: int
+    full: int
+    short: int
+
+    @property
+    def total(self) -> int:
+        return self.full + self.short
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +116,16 @@ class Product:
         lacks_tap = self.phases_in_rows and p.stride < p.K
         return (p.K % p.stride if lacks_tap else 0) or self.phases
 
-    def row_tiles(self, block_m: int) -> tuple[int, int]:
-        """Tiles of a product's rows with all taps, and of the others, which share none: see conv_transpose1d_mma.cu."""
-        full = self.rows * self.full_phases // self.phases
-        return -(-full // block_m), -(-(self.rows - full) // block_m)
+    @property
+    def rows_differ(self) -> bool:
+        """Whether some rows lack the last tap of others."""
+        return self.full_phases < self.phases
+
+    def row_tiles(self, block_m: int, *, apart: bool = False) -> RowTiles:
+        """Its tiles of `block_m` rows; `apart` where rows that lack a tap share none with others."""
+        phases = self.full_phases if apart else self.phases
+        full = self.rows * phases // self.phases
+        return RowTiles(phases, -(-full // block_m), -(-(self.rows - full) // block_m))
 
     @property
     def terms(self) -> int:

@@ -38,7 +38,7 @@ struct MatrixProduct {
 extern "C" {
 extern hostcuda::Index threadIdx, blockIdx, blockDim, gridDim;
 unsigned char* hostcuda_shared_memory();
-void hostcuda_block_barrier(const char* file, int line);
+bool hostcuda_block_barrier(bool condition, const char* file, int line);  // whether any thread's condition holds
 void hostcuda_warp_meet(
     unsigned mask, void* record, hostcuda::CombineErased combine, const char* name, const char* file, int line);
 void hostcuda_copy_async(void* shared, const void* global, unsigned bytes, bool exists);
@@ -71,7 +71,7 @@ HOSTCUDA_VECTORS(double, double)
 
 // The default arguments name the caller's line: it identifies a barrier, and error messages show it.
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    hostcuda_block_barrier(file, line);
+    hostcuda_block_barrier(false, file, line);
 }
 
 namespace hostcuda {
@@ -286,6 +286,10 @@ inline bool any_lane(bool condition, const char* file = __builtin_FILE(), int li
     hostcuda::Vote record = {condition, false};
     hostcuda::warp_collective(0xffffffffu, record, "any_lane", file, line);
     return record.result;
+}
+
+inline bool any_thread(bool condition, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return hostcuda_block_barrier(condition, file, line);
 }
 
 namespace hostcuda {

@@ -149,10 +149,11 @@ void races_begin(const RacesRegion* given, size_t count, RacesFound* report) {
 
 void races_end() { regions.clear(); }
 
-void races_block_barrier(const char* file, int line) {
+bool races_block_barrier(bool condition, const char* file, int line) {
     note_block();
-    hostcuda_block_barrier(file, line);
+    const bool voted = hostcuda_block_barrier(condition, file, line);
     ++barriers[threadIdx.x];
+    return voted;
 }
 
 void races_warp_meet(

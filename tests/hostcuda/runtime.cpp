@@ -236,6 +236,7 @@ pthread_t launch_thread;
 
 Thread threads[kMaxThreads];
 unsigned current, num_exited, num_at_barrier;
+bool vote, voted;  // of the threads at a barrier, and of those at the last one
 unsigned ready_in_warp[kMaxWarps];  // fresh or ready threads
 unsigned meeting_in_warp[kMaxWarps];  // threads that wait for others of their warp
 
@@ -542,12 +543,15 @@ bool release_barrier() {
     }
     for (unsigned t = 0; t < block; ++t) make_ready(t);
     num_at_barrier = 0;
+    voted = vote;
+    vote = false;
     return true;
 }
 
 bool run_block() {
     const unsigned block = launch->block;
     num_exited = num_at_barrier = 0;
+    vote = false;
     for (unsigned t = 0; t < block; ++t) {
         threads[t].state = kFresh;
         threads[t].fiber = nullptr;
@@ -589,9 +593,11 @@ bool is_in_shared_memory(const void* address, size_t bytes) {
 
 unsigned char* hostcuda_shared_memory() { return launch->shared; }
 
-void hostcuda_block_barrier(const char* file, int line) {
+bool hostcuda_block_barrier(bool condition, const char* file, int line) {
     ++num_at_barrier;
+    vote = vote || condition;
     wait(kAtBarrier, "__syncthreads", file, line);
+    return voted;
 }
 
 void hostcuda_warp_meet(
