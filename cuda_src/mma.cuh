@@ -562,21 +562,15 @@ __device__ __forceinline__ void run_block(
         return;
     }
     // Rows that lack the last tap multiply zeros by samples outside of their windows. Where that may have made a NaN, the block
-    // computes them once more, and then reads those of the first tap in their place.
-    bool is_split = false;  // the rows with all taps are stored, and the others by another pass
+    // computes them once more, and then reads the samples of the first tap in their place.
 #pragma unroll 1
-    for (int missing = 0; missing < 2; ++missing) {
+    for (int missing = 0;; ++missing) {
         Tile tile = tile_of(index);
         tile.row_taps -= missing;
         multiply_tile(tile, window, 0, window.chunks, acc);
-        if (kRowsMayDiffer && tile.rows_differ && missing == 0) {
-            acc_t check = scalar::zero();
-            for_each_sum([&](int i, int j, int e) { check = multiply_add(scalar::zero(), acc[i][j][e], check); });
-            is_split = any_thread(is_nan(check));
-        }
         tile = tile_of(block_index_again());
-        store_tile(tile, window, epilogue, row_of, is_split ? tile.row_taps - missing : kAllTaps, acc);
-        if (!is_split) return;
-        __syncthreads();
+        const index_t stored_taps = missing > 0 ? tile.row_taps - missing : kAllTaps;
+        const bool is_finite = store_tile(tile, window, epilogue, row_of, stored_taps, acc);
+        if (!kRowsMayDiffer || !tile.rows_differ || missing > 0 || !any_thread(!is_finite)) return;
     }
 }

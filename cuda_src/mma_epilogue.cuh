@@ -40,12 +40,22 @@ struct alignas(16) Piece {
     int vectors;
     int ends;  // head, and the rest behind the vectors in the upper half
 };
+// A row whose results are stored element by element: SliceRow::place and step, the latter 0 where it has none to store.
+struct alignas(16) ApartRow {
+    index_t to;  // elements, from Tile::output to the row's position 0
+    index_t shift;
+    int place, step;
+};
+static_assert(sizeof(ApartRow) <= sizeof(Piece), "SLICE_TABLE_BYTES differs from gpuconv/families/mma_tiles.py");
 static_assert(sizeof(SliceRow) + sizeof(Piece) <= 48, "SLICE_TABLE_BYTES differs from gpuconv/families/mma_tiles.py");
 struct Slice {
     storage_t element[kSliceRows * kSlicePitch + (kSliceRows / kUnit - 1) * kSliceSkew];
     SliceRow row[kSliceRows];
 #if !OUTPUT_LAST
-    Piece piece[kSliceRows];
+    union {
+        Piece piece[kSliceRows];
+        ApartRow apart[kSliceRows];
+    };
 #endif
 };
 
@@ -245,25 +255,31 @@ __device__ __forceinline__ void store_neighbours(
     }
 }
 
-// Stores element by element, each lane in its row, what are no neighbours in the output.
+// Stores element by element what are no neighbours in the output, of rows whose lanes say so. Lanes take neighbouring columns,
+// whose results share sectors of memory, or a row each where the columns of a row are further apart.
 __device__ __forceinline__ void store_apart(
-    const Tile& tile, const Window& window, const MyRow& mine, const Slice* slice, index_t column_begin) {
-    const int first = threadIdx.x % 32 / kSliceRows;
-    index_t sample = 0, q = column_begin + first;
-    storage_t* const y = tile.output + mine.info.output_offset;
-#pragma unroll 1
-    for (int column = first; column < kWarpN; column += 32 / kSliceRows, q += 32 / kSliceRows) {
-        if (HAS_SAMPLES) {
-            for (; q >= window.block_positions; q -= window.block_positions) ++sample;
-            if (sample >= window.block_samples || sample >= tile.samples) break;
-        }
-        const index_t position = tile.position_begin + q;
-        const index_t l = position * tile.output_step + tile.output_first + mine.info.shift;
-        if (position < tile.positions && is_index(l, tile.L_out)) {
-            const storage_t value = slice->element[mine.place + column * mine.count];
-            y[sample * tile.output_stride_n + l * tile.output_stride_l] = value;
-        }
+    const Tile& tile, const Window& window, const MyRow& mine, bool is_stored, Slice* slice, index_t column_begin) {
+    const int lane = threadIdx.x % 32;
+    if (kSliceRows == 32 || lane < kSliceRows) {
+        slice->apart[lane] = ApartRow{mine.info.output_offset, mine.info.shift, mine.place, is_stored ? mine.count : 0};
     }
+    __syncwarp();
+    const bool are_columns_near = tile.output_stride_l == 1;
+#pragma unroll(IS_TRANSPOSED && !HAS_SAMPLES ? 4 : 1)
+    for (int begin = 0; begin < kSliceRows * kWarpN; begin += 32) {
+        const int i = begin + lane, row = are_columns_near ? i / kWarpN : i % kSliceRows;
+        const int in_slice = are_columns_near ? i % kWarpN : i / kSliceRows;
+        const ApartRow at = slice->apart[row];
+        const index_t column = column_begin + in_slice, sample = HAS_SAMPLES ? column / window.block_positions : 0;
+        const index_t q = tile.position_begin + (column - sample * window.block_positions);
+        const index_t l = q * tile.output_step + tile.output_first + at.shift;
+        const bool exists = sample < (HAS_SAMPLES ? min_index(window.block_samples, tile.samples) : 1) &&
+                            q < tile.positions && is_index(l, tile.L_out);
+        if (at.step == 0 || !exists) continue;
+        tile.output[at.to + sample * tile.output_stride_n + l * tile.output_stride_l] =
+            slice->element[at.place + in_slice * at.step];
+    }
+    __syncwarp();
 }
 
 __device__ __forceinline__ void store_slice(
@@ -272,7 +288,8 @@ __device__ __forceinline__ void store_slice(
     const bool are_neighbours = tile.output_stride_l == 1 &&
         (!HAS_SAMPLES || window.block_positions * tile.output_step >= 2 * kUnit);
     const bool is_whole = are_neighbours && mine.count == tile.output_step && !mine.is_alone;
-    if (mine.exists && !is_whole) store_apart(tile, window, mine, slice, column_begin);
+    const bool is_apart = mine.exists && !is_whole;
+    if (any_lane(is_apart)) store_apart(tile, window, mine, is_apart, slice, column_begin);
     if (!are_neighbours) return;
     constexpr int kLaneBits = log2_of(kWarpN / kUnit / kLaneVectors);  // where a row is all of one sample
     if (!HAS_SAMPLES) {
@@ -334,16 +351,18 @@ __device__ __forceinline__ void apply_fused(
     }
 }
 
-// Stores the sums of a block, of rows with stored_taps taps or of all; row_of(tile, row) is the kernel's Row. A warp stores kSliceRows rows at a time; after each,
-// the rest of `acc` moves up, so that one loop body serves all rows.
+// Stores the sums of a block, of rows with stored_taps taps or of all; row_of(tile, row) is the kernel's Row. A warp stores
+// kSliceRows rows at a time; after each, the rest of `acc` moves up, so that one loop body serves all rows. The result is
+// whether the warp's results are all finite.
 template <typename RowOf>
-__device__ __forceinline__ void store_tile(
+__device__ __forceinline__ bool store_tile(
     Tile tile, const Window& window, const Epilogue& epilogue, const RowOf& row_of, index_t stored_taps, Sums& acc) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = warp_index(), lane = threadIdx.x % 32;
     Slice* const slice = keep_in_register_shared(reinterpret_cast<Slice*>(dynamic_shared_memory()) + warp);
     tile.output = keep_in_register_global(tile.output);
     const index_t column_begin = warp % WARPS_N * kWarpN;
     index_t row_begin = tile.row_begin + warp / WARPS_N * kWarpM;
+    bool is_finite = true;
 #pragma unroll 1
     for (int i = 0; i < kTilesM && row_begin < tile.rows; i += kSliceTiles, row_begin += kSliceRows) {
         const MyRow mine = my_row(tile, row_of, row_begin, column_begin, stored_taps);
@@ -383,10 +402,12 @@ __device__ __forceinline__ void store_tile(
             if (kSliceTiles == 2) copy_second_tile(acc);
         }
         sum_again = NAN_FALLBACK && any_lane(sum_again);
+        is_finite = is_finite && !sum_again;
         __syncwarp();
         if (sum_again) sum_marked_again(tile, window, epilogue, row_of, slice, row_begin, column_begin);
         store_slice(tile, window, mine, slice, row_begin, column_begin);
         __syncwarp();
         move_sums_up<kSliceTiles>(acc);
     }
+    return is_finite;
 }

@@ -200,6 +200,10 @@ __device__ __forceinline__ bool any_thread(bool condition) { return __syncthread
 
 // All lanes of a warp must call the functions below together. g = lane/4 and t = lane%4.
 
+// The thread's warp. The compiler knows of a shuffled value that all lanes share it: so lanes that branch by it stay together,
+// and there is no second copy of what they do together for lanes that have parted.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, int(threadIdx.x / 32), 0); }
+
 // Whether any lane's condition holds.
 __device__ __forceinline__ bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
 

@@ -288,6 +288,10 @@ inline bool any_lane(bool condition, const char* file = __builtin_FILE(), int li
     return record.result;
 }
 
+inline int warp_index(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return __shfl_sync(0xffffffffu, int(threadIdx.x / 32), 0, 32, file, line);
+}
+
 inline bool any_thread(bool condition, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     return hostcuda_block_barrier(condition, file, line);
 }
