@@ -40,11 +40,11 @@ struct alignas(16) Piece {
     int vectors;
     int ends;  // head, and the rest behind the vectors in the upper half
 };
-// A row whose results are stored element by element: SliceRow::place and step, the latter 0 where it has none to store.
+// A row whose results are stored element by element.
 struct alignas(16) ApartRow {
-    index_t to;  // elements, from Tile::output to the row's position 0
-    index_t shift;
-    int place, step;
+    index_t to;     // elements, from Tile::output to the result of l = shift
+    index_t shift;  // Row::shift; kMissing where it has none to store
+    int place;      // of column 0 among the slice's elements; the next ones follow
 };
 static_assert(sizeof(ApartRow) <= sizeof(Piece), "SLICE_TABLE_BYTES differs from gpuconv/families/mma_tiles.py");
 static_assert(sizeof(SliceRow) + sizeof(Piece) <= 48, "SLICE_TABLE_BYTES differs from gpuconv/families/mma_tiles.py");
@@ -77,7 +77,7 @@ struct MyRow {
     int first, count;  // the rows of the slice that belong to its channel
     int start, place;  // of the channel, and of the row, among the slice's elements
     bool exists;
-    bool is_alone;  // other rows of its channel are stored by another pass
+    bool is_apart;  // its results are no neighbours in the output, not even with those of the channel's other rows
 };
 
 // Elements of a vector that lie in front of output[offset], a vector being aligned to its own size.
@@ -88,18 +88,27 @@ __device__ __forceinline__ int elements_before(const storage_t* output, index_t 
 
 template <typename RowOf>
 __device__ __forceinline__ MyRow my_row(
-    const Tile& tile, const RowOf& row_of, index_t row_begin, index_t column_begin, index_t stored_taps) {
+    const Tile& tile, const Window& window, const RowOf& row_of, index_t row_begin, index_t column_begin,
+    index_t stored_taps) {
     const int row = threadIdx.x % kSliceRows;
     MyRow mine;
     mine.info = row_of(tile, row_begin + row);
-    mine.is_alone = kRowsMayDiffer && stored_taps != kAllTaps;
-    mine.exists = row_begin + row < tile.rows && (!mine.is_alone || mine.info.taps == stored_taps);
+    const bool are_some = kRowsMayDiffer && stored_taps != kAllTaps;
+    mine.exists = row_begin + row < tile.rows && (!are_some || mine.info.taps == stored_taps);
+    // Of several samples pieces of less than two vectors are not worth the effort.
+    mine.is_apart = are_some || tile.output_stride_l != 1 ||
+        (HAS_SAMPLES && window.block_positions * tile.output_step < 2 * kUnit);
     mine.first = row;
     mine.count = 1;
     if (PHASES_IN_ROWS) {
         const index_t channel = row - (mine.info.shift - tile.first_phase);  // its first row, perhaps in front of the slice
         mine.first = int(max_index(channel, 0));
         mine.count = int(min_index(channel + tile.phases, kSliceRows)) - mine.first;
+    }
+    mine.is_apart = mine.is_apart || mine.count != tile.output_step;
+    if (PHASES_IN_ROWS && mine.is_apart) {
+        mine.first = row;
+        mine.count = 1;
     }
     mine.start = mine.first * kSlicePitch + mine.first / kUnit * kSliceSkew;
     if (!HAS_SAMPLES && !OUTPUT_LAST) {
@@ -261,41 +270,45 @@ __device__ __forceinline__ void store_apart(
     const Tile& tile, const Window& window, const MyRow& mine, bool is_stored, Slice* slice, index_t column_begin) {
     const int lane = threadIdx.x % 32;
     if (kSliceRows == 32 || lane < kSliceRows) {
-        slice->apart[lane] = ApartRow{mine.info.output_offset, mine.info.shift, mine.place, is_stored ? mine.count : 0};
+        const index_t shift = mine.info.shift;
+        slice->apart[lane] = ApartRow{
+            mine.info.output_offset + shift * tile.output_stride_l, is_stored ? shift : kMissing, mine.place};
     }
     __syncwarp();
     const bool are_columns_near = tile.output_stride_l == 1;
-#pragma unroll(IS_TRANSPOSED && !HAS_SAMPLES ? 4 : 1)
-    for (int begin = 0; begin < kSliceRows * kWarpN; begin += 32) {
-        const int i = begin + lane, row = are_columns_near ? i / kWarpN : i % kSliceRows;
-        const int in_slice = are_columns_near ? i % kWarpN : i / kSliceRows;
-        const ApartRow at = slice->apart[row];
-        const index_t column = column_begin + in_slice, sample = HAS_SAMPLES ? column / window.block_positions : 0;
+    const int column_lanes = are_columns_near ? 32 : 32 / kSliceRows;
+#pragma unroll 1
+    for (int i = are_columns_near ? lane : lane / kSliceRows; i < kWarpN; i += column_lanes) {
+        const index_t column = column_begin + i, sample = HAS_SAMPLES ? column / window.block_positions : 0;
         const index_t q = tile.position_begin + (column - sample * window.block_positions);
-        const index_t l = q * tile.output_step + tile.output_first + at.shift;
-        const bool exists = sample < (HAS_SAMPLES ? min_index(window.block_samples, tile.samples) : 1) &&
-                            q < tile.positions && is_index(l, tile.L_out);
-        if (at.step == 0 || !exists) continue;
-        tile.output[at.to + sample * tile.output_stride_n + l * tile.output_stride_l] =
-            slice->element[at.place + in_slice * at.step];
+        const index_t l = q * tile.output_step + tile.output_first;
+        if (q >= tile.positions || sample >= (HAS_SAMPLES ? min_index(window.block_samples, tile.samples) : 1)) continue;
+        const index_t to = sample * tile.output_stride_n + l * tile.output_stride_l;
+        const auto store = [&](int row) {
+            const ApartRow at = slice->apart[row];
+            const storage_t value = slice->element[at.place + i];
+            if (uindex_t(l) + uindex_t(at.shift) < uindex_t(tile.L_out)) tile.output[at.to + to] = value;
+        };
+        if (!are_columns_near) {
+            store(lane % kSliceRows);
+            continue;
+        }
+#pragma unroll(IS_TRANSPOSED ? 4 : 1)
+        for (int row = 0; row < kSliceRows; ++row) store(row);
     }
     __syncwarp();
 }
 
 __device__ __forceinline__ void store_slice(
     const Tile& tile, const Window& window, const MyRow& mine, Slice* slice, index_t, index_t column_begin) {
-    // Of several samples pieces of less than two vectors are not worth the effort.
-    const bool are_neighbours = tile.output_stride_l == 1 &&
-        (!HAS_SAMPLES || window.block_positions * tile.output_step >= 2 * kUnit);
-    const bool is_whole = are_neighbours && mine.count == tile.output_step && !mine.is_alone;
-    const bool is_apart = mine.exists && !is_whole;
+    const bool is_apart = mine.exists && mine.is_apart, is_whole = mine.exists && !mine.is_apart;
     if (any_lane(is_apart)) store_apart(tile, window, mine, is_apart, slice, column_begin);
-    if (!are_neighbours) return;
+    if (!any_lane(is_whole)) return;
     constexpr int kLaneBits = log2_of(kWarpN / kUnit / kLaneVectors);  // where a row is all of one sample
     if (!HAS_SAMPLES) {
         const index_t q = tile.position_begin + column_begin;
         const int columns = int(min_index(kWarpN, max_index(tile.positions - q, 0)));
-        store_neighbours(tile, mine, mine.exists && is_whole, slice, 0, columns, 0, q, kLaneBits);
+        store_neighbours(tile, mine, is_whole, slice, 0, columns, 0, q, kLaneBits);
         return;
     }
     int lane_bits = log2_of(32 / kSliceRows);
@@ -306,7 +319,7 @@ __device__ __forceinline__ void store_slice(
     for (; begin < kWarpN && sample < min_index(window.block_samples, tile.samples); ++sample) {
         const int first = int(max_index(begin, 0)), end = int(min_index(begin + window.block_positions, kWarpN));
         const index_t q = tile.position_begin + (first - begin);
-        store_neighbours(tile, mine, mine.exists && is_whole, slice, first, end, sample, q, lane_bits);
+        store_neighbours(tile, mine, is_whole, slice, first, end, sample, q, lane_bits);
         __syncwarp();
         begin += window.block_positions;
     }
@@ -365,7 +378,7 @@ __device__ __forceinline__ bool store_tile(
     bool is_finite = true;
 #pragma unroll 1
     for (int i = 0; i < kTilesM && row_begin < tile.rows; i += kSliceTiles, row_begin += kSliceRows) {
-        const MyRow mine = my_row(tile, row_of, row_begin, column_begin, stored_taps);
+        const MyRow mine = my_row(tile, window, row_of, row_begin, column_begin, stored_taps);
         const acc_t bias = kIsFused ? scalar::zero() : epilogue.bias_of(mine.exists ? mine.info.channel : 0);
         if (kSliceRows == 32 || lane < kSliceRows) slice->row[lane] = SliceRow{bias, mine.place, mine.count, int(mine.info.taps)};
         __syncwarp();

@@ -83,11 +83,18 @@ SIBLINGS = {"sm_90": {"H100": 3350.0}}
 
 
 class Ending(NamedTuple):
-    """What the blocks of a launch do after their main loop: instructions, wavefronts and bytes that they store."""
+    """What the blocks of a launch do after their main loop.
+
+    Attributes:
+        instructions, wavefronts: as of `Code`.
+        stored_bytes: that they store.
+        sector_bytes: what L2 takes besides, where the results in a sector are stored by several instructions.
+    """
 
     instructions: float = 0.0
     wavefronts: float = 0.0
     stored_bytes: float = 0.0
+    sector_bytes: float = 0.0
 
 
 _NO_ENDING = Ending()
@@ -190,7 +197,7 @@ def predict_launch(work: Work, code: Code, *, blocks: int, resident: int, unit: 
     )
     stores = _Parts(
         dram=ending.stored_bytes / machine.dram_bytes,
-        l2=_l2_cycles(ending.stored_bytes, share, machine),
+        l2=_l2_cycles(ending.stored_bytes + ending.sector_bytes, share, machine),
         issue=ending.instructions * share / WARP_ISSUES_PER_CYCLE,
         math=0.0,
         local=ending.wavefronts * share,

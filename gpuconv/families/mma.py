@@ -298,6 +298,7 @@ def _predict(
         access=window.access,
         raw_vectors=reduction.units * reduction.taps if is_raw else 0,
         is_scattered=product.fold > 1 and window.access is Access.POSITION,
+        apart=product.phases if row_tiles.short else 1,
     )
     packed = product.products * stages * STAGE_PAIRS * tile.block_m * reduction.chunks
     resident = min(tile.min_blocks, max(1, blocks_by_shared(shared, device)))

@@ -26,6 +26,7 @@ from .base import Step, round_up
 # thread that packs one vector.
 _STAGE_INSTRUCTIONS = 22
 _ENDING_INSTRUCTIONS, _ENDING_INSTRUCTIONS_OF_SAMPLES = 19, 23
+_APART_INSTRUCTIONS = 12  # of a lane that stores a result alone
 _PACK_INSTRUCTIONS = 140
 # Where blocks pack their weights themselves: instructions of a lane to copy a vector, and to pack one, by the bytes of
 # an element and the parts of an operand.
@@ -96,6 +97,7 @@ class TilesLaunch(NamedTuple):
         access: by which it loads.
         raw_vectors: of a row's own weights of a chunk, which blocks pack themselves; 0 where these are packed before.
         is_scattered: whether neighbouring positions are in other lines of memory, so that each lane loads its own.
+        apart: distance of the results of neighbouring columns, in elements; from 2 on they are stored one by one.
     """
 
     arithmetic: Arithmetic
@@ -118,6 +120,7 @@ class TilesLaunch(NamedTuple):
     access: Access
     raw_vectors: int = 0
     is_scattered: bool = False
+    apart: int = 1
 
     @property
     def warps(self) -> int:
@@ -250,10 +253,13 @@ class TilesLaunch(NamedTuple):
         each = _ENDING_INSTRUCTIONS_OF_SAMPLES if self.has_samples else _ENDING_INSTRUCTIONS
         # To add four sums to totals takes a load, a store, four additions, and up to twenty moves of the rows behind.
         totals = self.kept_segments * results / WARP / 4
+        alone = results / WARP if self.apart > 1 else 0.0  # stores of one result a lane
+        itemsize = self.arithmetic.itemsize
         return Ending(
-            instructions=warps * rows * each + 22 * totals,
-            wavefronts=results / WARP + 2 * warps * rows + 8 * totals,
+            instructions=warps * rows * each + _APART_INSTRUCTIONS * alone + 22 * totals,
+            wavefronts=results / WARP + 2 * warps * rows + alone * (2 + self.apart * itemsize / 4) + 8 * totals,
             stored_bytes=stored,
+            sector_bytes=stored * (min(self.apart, SECTOR_BYTES // itemsize) - 1),
         )
 
 
@@ -328,6 +334,7 @@ def _launch_of(problem: ConvProblem, step: Step) -> TilesLaunch:
         access=access,
         raw_vectors=params["units"] * params.get("taps", params["K"]) if "RAW_WEIGHT" in macros else 0,
         is_scattered=params.get("fold", 1) > 1 and access is Access.POSITION,
+        apart=params["stride"] if params.get("full_phases", params["stride"]) < params["stride"] else 1,
     )
 
 
