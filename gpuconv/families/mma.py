@@ -148,10 +148,11 @@ def _raw_box_vectors(
     """Of a box of the layer's own weights: see Box in raw_weights.cuh."""
     if not product.problem.transposed:
         return tile.block_m * (reduction.units * reduction.taps | 1)
-    phases = row_tiles.full_phases
-    fewest = min(phases, product.phases - phases or phases)  # that a block has of a channel
-    channels, rest = divmod(tile.block_m, fewest)
-    piece = (channels + (2 if rest else 0)) * product.problem.K // arithmetic.channels + 2
+    channels = 0  # that a block meets
+    for phases in {row_tiles.full_phases, product.phases - row_tiles.full_phases} - {0}:
+        whole, rest = divmod(tile.block_m, phases)
+        channels = max(channels, whole + (2 if rest else 0))
+    piece = channels * product.problem.K // arithmetic.channels + 2
     return reduction.units * arithmetic.channels * (piece | 1)
 
 
