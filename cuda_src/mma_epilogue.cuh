@@ -293,7 +293,7 @@ __device__ __forceinline__ void store_apart(
             store(lane % kSliceRows);
             continue;
         }
-#pragma unroll(IS_TRANSPOSED ? 4 : 1)
+#pragma unroll(PHASES_IN_ROWS ? 4 : 1)
         for (int row = 0; row < kSliceRows; ++row) store(row);
     }
     __syncwarp();
