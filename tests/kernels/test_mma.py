@@ -661,6 +661,47 @@ def test_values_outside_the_window_change_no_bit(problem: ConvProblem, mode: str
     assert not same_bits(output, expected).all()
 
 
+# Rows of phases without the last tap: of several samples; in segments; those with more phases meet more channels.
+SHORT_ROWS = [
+    (ConvProblem("conv_transpose1d", 3, 44, 24, 9, 7, 3, 2, 1, groups=2, has_bias=True), "float32"),
+    (ConvProblem("conv_transpose1d", 2, 1040, 8, 8, 7, 2, 3, 2, has_bias=True), "float16"),
+    (ConvProblem("conv_transpose1d", 1, 20, 8, 30, 26, 17, 3), "bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("problem", "mode"), SHORT_ROWS, ids=["samples", "segments", "many phases"])
+def test_rows_apart_and_together_give_the_same_bits(
+    problem: ConvProblem, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By every kind of tiling, of packed and of raw weights, also next to an infinity outside of the windows."""
+    p, compare = at(problem, mode), mma.compare_tilings
+    x, w, b = cases.random_data(p, 6)
+    other = x.copy()
+    other[-1, 3, 4] = np.inf
+    outside = [l_out for l_out in range(p.L_out) if l_out not in output_positions(p, 4)]
+    kinds: dict[tuple[object, ...], mma.Tiling] = {}
+
+    def one_of_each_kind(*args: Any, **settings: Any) -> tuple[mma.Tiling, ...]:
+        for t in compare(*args, **settings):
+            kinds.setdefault((t.row_tiles.short > 0, t.is_raw, t.tile.has_samples, t.tile.segment_mode), t)
+        return tuple(kinds.values())
+
+    monkeypatch.setattr(mma, "compare_tilings", one_of_each_kind)
+    kernel_of(FAMILY[p.op], p, Layout.contiguous(p), H200)
+    assert {kind[:2] for kind in kinds} == set(product((False, True), repeat=2))
+    found = []
+    for tiling in kinds.values():
+        monkeypatch.setattr(mma, "compare_tilings", lambda *_args, only=tiling, **_settings: (only,))
+        dispatch.choose.cache_clear()
+        found.append((run(p, Data(x, w, b)), run(p, Data(other, w, b))))
+    dispatch.choose.cache_clear()
+    assert_right(p, found[0][0], Data(x, w, b))
+    for kind, outputs in zip(kinds, found, strict=True):
+        for output, expected in zip(outputs, found[0], strict=True):
+            assert_same_bits(output, expected, (str(p), kind))
+        assert_same_bits(outputs[1][..., outside], outputs[0][..., outside], (str(p), kind))
+
+
 @pytest.mark.parametrize("op", ["conv1d", "conv_transpose1d"])
 def test_padding_beside_channels_in_reverse(op: Op) -> None:
     """Offsets of channels are negative, and are added to none where a position does not exist."""
