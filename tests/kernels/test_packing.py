@@ -80,17 +80,24 @@ def packed(p: ConvProblem, family: str, w: Array, layout: Layout | None = None, 
 
 def packed_for_mma(p: ConvProblem, w: Array) -> Array:
     _, params, _ = pack_step(p, MMA[p.op])
-    units, chunks, pairs = params["units"], params["chunks"], params["pairs"]
-    row_tiles, rows = params["row_tiles"], params["block_rows"]
-    unit, taps = 16 // p.itemsize, -(-pairs // units)
+    units, chunks, unit = params["units"], params["chunks"], 16 // p.itemsize
     matrices = product_weights(p, w)
-    whole = padded(matrices, len(matrices), row_tiles * rows, chunks * units * unit, taps)
-    split = whole.reshape(len(matrices), row_tiles, rows, chunks, units, unit, taps)
-    found = split.transpose(0, 1, 3, 6, 4, 2, 5).reshape(len(matrices), row_tiles, chunks, taps * units, rows, unit)
-    found = found[:, :, :, :pairs]
-    if p.dtype == "float32" and p.precision == "float32":  # w_hi and w_lo, which is zero for these numbers
-        found = np.stack((found, np.zeros_like(found)), axis=4)
-    return np.ascontiguousarray(found)
+    taps = -(-params["pairs"] // units)
+    # Of rows with all taps, or all rows, then of those that lack the last.
+    phases = p.stride if p.transposed and p.dilation == 1 else 1
+    tiles = params["full_row_tiles"], params["row_tiles"] - params["full_row_tiles"]
+    is_full = np.arange(matrices.shape[1]) % phases < params["full_phases"]
+    parts = []
+    for of_part, count, pairs in zip((is_full, ~is_full), tiles, (params["pairs"], params["short_pairs"]), strict=True):
+        rows = params["block_rows"]
+        whole = padded(matrices[:, of_part], len(matrices), count * rows, chunks * units * unit, taps)
+        split = whole.reshape(len(matrices), count, rows, chunks, units, unit, taps)
+        found = split.transpose(0, 1, 3, 6, 4, 2, 5).reshape(len(matrices), count, chunks, taps * units, rows, unit)
+        found = found[:, :, :, :pairs]
+        if p.dtype == "float32" and p.precision == "float32":  # w_hi and w_lo, which is zero for these numbers
+            found = np.stack((found, np.zeros_like(found)), axis=4)
+        parts.append(found.reshape(len(matrices), -1))
+    return np.concatenate(parts, axis=1)
 
 
 def packed_for_tiles(p: ConvProblem, w: Array) -> Array:
