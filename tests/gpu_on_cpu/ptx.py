@@ -682,11 +682,18 @@ def _barrier(i: Instruction) -> str:
         i.take("sync")
         return f'__syncwarp({i.value(i.operands[0], "u32")}, "PTX", 0);'
     i.has("cta")
-    i.take("sync")
     i.has("aligned")
+    if i.has("red"):
+        i.take("or")
+        kind = i.type()
+        if kind != "pred" or len(i.operands) != 3 or i.operands[1] != "0":
+            raise i.unknown()
+        vote = f'hostcuda_block_barrier({i.value(i.operands[2], kind)}, "PTX", 0)'
+        return i.put(i.operands[0], vote, kind)
+    i.take("sync")
     if i.operands != ["0"]:
         raise i.unknown()
-    return 'hostcuda_block_barrier("PTX", 0);'
+    return 'hostcuda_block_barrier(false, "PTX", 0);'
 
 
 @_emits("membar", "fence")

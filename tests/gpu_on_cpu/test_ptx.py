@@ -466,6 +466,7 @@ def test_an_instruction_does_what_the_isa_says(name: str) -> None:
         "sin.approx.f32 d, a;",
         "atom.global.add.u32 d, [a], b;",
         "bar.sync 1;",
+        "bar.red.and.pred p, 0, p;",
         "prmt.b32.f4e d, a, b, c;",
         "shfl.up.b32 d, a, b, c;",
         "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {d}, {a}, {b}, {c};",
@@ -570,6 +571,22 @@ def test_shared_and_local_memory_barriers_and_branches() -> None:
         block=64,
     )
     assert found.tolist() == [lane * 10000 + 63 - lane + (1000 if lane < 32 else 0) for lane in range(64)]
+
+
+def test_barriers_vote() -> None:
+    """Two warps learn whether a condition holds in any of their lanes: in the last one alone, then in none."""
+    found = np.zeros(64, np.uint32)
+    run_text(
+        element("%out", 0)
+        + """
+        .reg .b32 %v, %w; .reg .pred %p, %q;
+        setp.eq.u32 %p, %lane, 63; bar.red.or.pred %q, 0, %p; selp.u32 %v, 1, 0, %q;
+        setp.eq.u32 %p, %lane, 64; barrier.cta.red.or.pred.aligned %q, 0, %p; selp.u32 %w, 2, 0, %q;
+        add.u32 %v, %v, %w; st.global.u32 [%out], %v;""",
+        found,
+        block=64,
+    )
+    assert (found == 1).all()
 
 
 def test_loads_extend_by_their_type() -> None:
