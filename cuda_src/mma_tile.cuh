@@ -121,8 +121,8 @@ struct Window {
     index_t fold, fold_chunks;
 };
 
-// The tile of rows from row_begin on of group g and of samples from n on, but for `weight`, `pairs` and position_begin. Rows are output
-// channels and columns positions of the output, as in a convolution; kernels with others change what differs.
+// The tile of rows from row_begin on of group g and of samples from n on, but for `weight`, `pairs` and position_begin. Rows
+// are output channels and columns positions of the output, as in a convolution; kernels with others change what differs.
 __device__ __forceinline__ Tile tile_of_group(
     index_t g, index_t row_begin, index_t n, const storage_t* input, storage_t* output,
     const MmaConvolution& p SAMPLES_PARAMETER) {
