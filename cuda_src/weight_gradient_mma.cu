@@ -250,9 +250,7 @@ __device__ __forceinline__ void multiply_slice(
     const auto fine_task = [&](int i) {
         // Threads from the last on, as those of coarse may be few.
         const int index = (i + 1) * kThreads - 1 - int(threadIdx.x);
-        Task task = tasks[index < fine_tasks ? index : 0];
-        if (index >= fine_tasks) task.unit = window_units;
-        return task;
+        return index < fine_tasks ? tasks[index] : Task{window_units, 0};
     };
     const auto is_fine = [&](const Task& task) { return task.unit < fine_units; };
     const auto load_fine = [&](FineRuns& runs, int, const Task& task) {
