@@ -39,7 +39,7 @@ works = st.builds(
     l2_bytes=st.floats(1, 1e10),
     dram_bytes=st.floats(1, 1e10),
     waits=st.floats(0, 1e5),
-    ending=st.builds(Ending, st.floats(0, 1e9), st.floats(0, 1e9), st.just(0.0)),
+    ending=st.builds(Ending, st.floats(0, 1e9), st.floats(0, 1e9), st.just(0.0), st.floats(0, 1e9)),
 )
 codes = st.builds(Code, st.floats(1, 1e10), st.floats(0, 1e10), st.floats(0, 1e6))
 
@@ -68,7 +68,7 @@ def test_more_of_anything_takes_no_less_time(work: Work, code: Code, blocks: int
         assert us(replace(work, **{field: 2 * getattr(work, field)}), code) >= least
     for field in code._fields:
         assert us(work, code._replace(**{field: 2 * getattr(code, field)})) >= least
-    assert us(replace(work, ending=Ending(2e9, 2e9, 0.0)), code) >= us(replace(work, ending=Ending(1e9, 1e9)), code)
+    assert us(replace(work, ending=Ending(2e9, 2e9, 0.0, 2e9)), code) >= us(replace(work, ending=Ending(1e9, 1e9)), code)
     assert us(work, code, resident + 1) <= us(work, code) * (1 + 1e-9)
 
 
