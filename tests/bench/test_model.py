@@ -68,7 +68,9 @@ def test_more_of_anything_takes_no_less_time(work: Work, code: Code, blocks: int
         assert us(replace(work, **{field: 2 * getattr(work, field)}), code) >= least
     for field in code._fields:
         assert us(work, code._replace(**{field: 2 * getattr(code, field)})) >= least
-    assert us(replace(work, ending=Ending(2e9, 2e9, 0.0, 2e9)), code) >= us(replace(work, ending=Ending(1e9, 1e9)), code)
+    assert us(replace(work, ending=Ending(2e9, 2e9, 0.0, 2e9)), code) >= us(
+        replace(work, ending=Ending(1e9, 1e9)), code
+    )
     assert us(work, code, resident + 1) <= us(work, code) * (1 + 1e-9)
 
 
