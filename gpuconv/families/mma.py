@@ -276,15 +276,14 @@ def _predict(
 ) -> float:
     """Microseconds of a plan: the weights packed, the tiles multiplied, the sums of segments added."""
     p, is_cut = product.problem, tile.segment_mode == 2
-    stages = reduction.stages_of(row_tiles)
-    all_row_tiles = product.products * row_tiles.total
+    pairs = reduction.product_pairs(row_tiles)
     launch = TilesLaunch(
         arithmetic=arithmetic,
         blocks=blocks * (reduction.segments if is_cut else 1),
-        weight_tiles=all_row_tiles * (reduction.segments if is_cut else 1),
+        weight_tiles=product.products * row_tiles.total * (reduction.segments if is_cut else 1),
         chunks=reduction.segment_chunks if is_cut else reduction.chunks,
         units=reduction.units,
-        stages=stages / row_tiles.total,
+        stages=pairs / (reduction.chunks * row_tiles.total * STAGE_PAIRS),
         samples=window.block_samples,
         used_rows=window.used_rows,
         window_rows=window.rows,
@@ -301,7 +300,7 @@ def _predict(
         is_scattered=product.fold > 1 and window.access is Access.POSITION,
         apart=product.phases if row_tiles.short else 1,
     )
-    packed = product.products * stages * STAGE_PAIRS * tile.block_m * reduction.chunks
+    packed = product.products * pairs * tile.block_m
     resident = min(tile.min_blocks, max(1, blocks_by_shared(shared, device)))
     return predict_plan(
         launch,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ..problem import ConvProblem
 from ..source import params_fields
-from .arithmetic import ARITHMETICS, STAGE_PAIRS, UNIT_BYTES
+from .arithmetic import ARITHMETICS, UNIT_BYTES
 from .base import MAX_GRID, PACKED, Config, Launch, Layout, Step, conv_fields, params_of
 from .mma_window import Reduction
 from .offsets import Overhang, index_bits
@@ -38,8 +38,8 @@ def row_params(reduction: Reduction, row_tiles: RowTiles) -> dict[str, int]:
         "row_tiles": row_tiles.total,
         "full_phases": row_tiles.full_phases,
         "full_row_tiles": row_tiles.full,
-        "short_pairs": reduction.short_stages * STAGE_PAIRS,
-        "product_pairs": reduction.chunks * reduction.stages_of(row_tiles) * STAGE_PAIRS,
+        "short_pairs": reduction.short_pairs,
+        "product_pairs": reduction.product_pairs(row_tiles),
     }
 
 

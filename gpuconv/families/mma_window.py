@@ -75,13 +75,13 @@ class Reduction:
         return -(-self.taps * self.units // STAGE_PAIRS)
 
     @property
-    def short_stages(self) -> int:
+    def short_pairs(self) -> int:
         """Of a chunk, in rows that lack the last tap."""
-        return -(-(self.taps - 1) * self.units // STAGE_PAIRS)
+        return -(-(self.taps - 1) * self.units // STAGE_PAIRS) * STAGE_PAIRS
 
-    def stages_of(self, row_tiles: RowTiles) -> int:
-        """Of a chunk, in all tiles of rows."""
-        return row_tiles.full * self.stages + row_tiles.short * self.short_stages
+    def product_pairs(self, row_tiles: RowTiles) -> int:
+        """Of packed weights, in all tiles of a product's rows."""
+        return self.chunks * (row_tiles.full * self.pairs + row_tiles.short * self.short_pairs)
 
     @property
     def segments(self) -> int:
