@@ -27,8 +27,8 @@ constexpr int kLaneVectors = kWarpN / kUnit > 8 ? 2 : 1;  // of a row, that one 
 // Rounded up.
 __device__ constexpr int log2_of(int n) { return n < 2 ? 0 : 1 + log2_of((n + 1) / 2); }
 
-// A row of a slice: its bias, where column 0 lies among the slice's elements, the distance to the next column, and the taps. The
-// rows of a channel, its phases, are interleaved as they are in the output.
+// A row of a slice: its bias, where column 0 lies among the slice's elements, the distance to the next column, and the taps.
+// The rows of a channel, its phases, are interleaved as they are in the output, or lie apart where their results do.
 struct alignas(16) SliceRow {
     acc_t bias;
     int place, step, taps;
@@ -380,7 +380,9 @@ __device__ __forceinline__ bool store_tile(
     for (int i = 0; i < kTilesM && row_begin < tile.rows; i += kSliceTiles, row_begin += kSliceRows) {
         const MyRow mine = my_row(tile, window, row_of, row_begin, column_begin, stored_taps);
         const acc_t bias = kIsFused ? scalar::zero() : epilogue.bias_of(mine.exists ? mine.info.channel : 0);
-        if (kSliceRows == 32 || lane < kSliceRows) slice->row[lane] = SliceRow{bias, mine.place, mine.count, int(mine.info.taps)};
+        if (kSliceRows == 32 || lane < kSliceRows) {
+            slice->row[lane] = SliceRow{bias, mine.place, mine.count, int(mine.info.taps)};
+        }
         __syncwarp();
         bool sum_again = false;
 #pragma unroll 1
